@@ -1,0 +1,447 @@
+"""`fix_adapter`: the product. Everything that the command line does, without a terminal."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csulora_cli import card, writer
+from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, describe, read_adapter
+from csulora_cli.checkpoint import CONFIG_NAME as MODEL_CONFIG_NAME
+from csulora_cli.checkpoint import Checkpoint, WeightMatch, match_weights, weight_files
+from csulora_cli.engine import effects, strength
+from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
+from csulora_cli.engine.host import Factors, Host, check_modules, choose_device, load_host, solver_device
+from csulora_cli.engine.inputs import Encoded
+from csulora_cli.engine.progress import Progress, Silent
+from csulora_cli.engine.prompts_source import PromptsPath
+from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
+from csulora_cli.errors import AdapterError, HostError, InputError, ResourceError, UsageError, VerificationError
+from csulora_cli.files import parse_json_object, read_bytes, sha256_of
+from csulora_cli.locate import ADAPTER_FILES, CODE_FILES, MODEL_FILES, Location, locate
+from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
+from csulora_cli.report import FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
+from csulora_cli.settings import FixSettings, Source
+from csulora_cli.text import printable
+from csulora_cli.version import __version__
+
+# Below this many nats the adapter begins its answers to harmful prompts as the host does: there is nothing to repair.
+UNMOVED_KL = 0.02
+
+
+def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixReport:
+    """Find the closest safe update to an adapter and write it as a new adapter folder.
+
+    Args:
+        settings: what to do.
+        progress: receives stages, steps and warnings; nothing is printed here.
+
+    Returns:
+        What was done and measured. The output folder is complete when this returns; `report.exit_code` is 3 if it was
+        written but a gate failed.
+
+    Raises:
+        CsuloraError: see `errors`; nothing is left behind.
+    """
+    with _resource_errors():
+        return _Fix(settings, _Recorder(progress or Silent())).run()
+
+
+class _Recorder:
+    """Passes everything on to the caller's progress and keeps the warnings for the report."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.stage = progress.stage
+        self.advance = progress.advance
+        self._warn = progress.warn
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self._warn(message)
+
+
+@contextmanager
+def _resource_errors() -> Iterator[None]:
+    """What the machine refuses, as our own errors: memory as ResourceError, files as ResourceError or InputError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ResourceError("out of memory on the device", "Try --device cpu or --dtype bfloat16.") from None
+    except MemoryError:
+        raise ResourceError("out of memory", "Try --dtype bfloat16.") from None
+    except OSError as problem:
+        place = f" {printable(problem.filename)}" if problem.filename else ""
+        message = f"the system refuses{place}: {printable(problem.strerror or problem)}"
+        if problem.errno in writer.DISK_ERRORS:
+            raise ResourceError(message, "Free space or give another --out.") from None
+        raise InputError(message, "Check that the file exists and that you may read it.") from None
+    except RuntimeError as problem:
+        if "not enough memory" not in str(problem) and "alloc" not in str(problem):
+            raise
+        raise ResourceError(f"out of memory: {printable(problem)}", "Try --dtype bfloat16.") from None
+
+
+# Recomputes what every module's stored factors do; given to `_finish` by the source that was used.
+_Effects = Callable[[Mapping[str, Factors]], list[effects.Effect]]
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """What a source found: the factors in full precision, λ, and what it knows of the modules."""
+
+    factors: dict[str, Factors]
+    strength: StrengthRecord
+    truncation_error: Mapping[str, float]
+
+
+class _Fix:
+    """One run of `fix_adapter`, stage by stage."""
+
+    def __init__(self, settings: FixSettings, progress: _Recorder) -> None:
+        self.settings = settings
+        self.progress = progress
+
+    def run(self) -> FixReport:
+        settings = self.settings
+        self.progress.stage("adapter")
+        self.adapter_at = locate(settings.adapter, ADAPTER_FILES, settings.revision)
+        self.out = settings.out or Path(f"{self.adapter_at.name}-csulora")
+        writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
+        self.adapter = read_adapter(self.adapter_at.folder)
+        self.modules = self.adapter.modules
+        self.device = choose_device(settings.device)
+        self.prompts = load_prompts(settings.prompts) if self._needs_host else None
+        self.progress.stage("models")
+        files = (*MODEL_FILES, *CODE_FILES) if settings.trust_remote_code else MODEL_FILES
+        self.host_at = self._locate_host(files)
+        self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
+        with ExitStack() as stack:
+            checkpoints = self._match(stack)
+            self.host = self._load_host() if self._needs_host else None
+            if settings.chosen_source is Source.WEIGHTS:
+                return self._finish(*self._weights(checkpoints))
+        return self._finish(*self._prompts())
+
+    @property
+    def _needs_host(self) -> bool:
+        return self.settings.chosen_source is Source.PROMPTS or self.settings.is_auto
+
+    def _locate_host(self, files: Sequence[str]) -> Location:
+        named = self.adapter.base
+        if self.settings.base is None:
+            if named is None:
+                raise UsageError("the adapter does not name its base model", "Add --base MODEL.")
+            try:
+                return locate(named, files)
+            except InputError as problem:
+                raise HostError(
+                    f"the base model that the adapter names cannot be used: {problem.message}", "Add --base MODEL."
+                ) from None
+        host = locate(self.settings.base, files)
+        if named is not None and named not in (self.settings.base, host.repo_id) and Path(named).name != host.name:
+            self.progress.warn(
+                f"the adapter names {printable(named)} as its base; going on with {printable(host.given)}"
+            )
+        return host
+
+    def _match(self, stack: ExitStack) -> list[tuple[Checkpoint, dict[str, WeightMatch]]]:
+        """Open the checkpoints (headers only) and find every adapted module in them, before anything is loaded."""
+        opened = []
+        for location, role in ((self.host_at, "host"), (self.unaligned_at, "unaligned model")):
+            if location is None:
+                continue
+            _check_model_config(location, role)
+            checkpoint = stack.enter_context(Checkpoint(location.folder, role))
+            matches = match_weights(self.modules, checkpoint, bool(self.adapter.config.get("fan_in_fan_out")))
+            opened.append((checkpoint, matches))
+        return opened
+
+    def _load_host(self) -> Host:
+        self.progress.stage("host")
+        host = load_host(self.host_at, self.device, self.settings.dtype, self.settings.trust_remote_code)
+        check_modules(host, self.modules)
+        if not host.has_template:
+            self.progress.warn("the host's tokenizer has no chat template; prompts are put as 'User: … Assistant:'")
+        return host
+
+    def _encode(self, host: Host, split: str) -> Encoded:
+        assert self.prompts is not None
+        prompts = getattr(self.prompts, split)
+        return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.benign])
+
+    # Sources
+
+    def _prompts(self) -> tuple[_Solution, _Effects]:
+        host = self.host
+        assert host is not None
+        directions = self._encode(host, "directions")
+        fixed = self.settings.fixed_strength
+        protect = self.settings.chosen_protect
+        path = PromptsPath(
+            host, self.modules, directions, protect, strength.PATH if fixed is None else [fixed], self.progress
+        )
+        record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
+        factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
+
+        def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
+            return effects.prompt_effects(
+                host, self.modules, path.groups, stored, directions, protect, record.value, self.progress
+            )
+
+        return _Solution(factors, record, {}), of
+
+    def _weights(self, checkpoints: Sequence[tuple[Checkpoint, dict[str, WeightMatch]]]) -> tuple[_Solution, _Effects]:
+        settings = self.settings
+        host, unaligned = checkpoints
+        self.displacements: dict[str, ModuleDisplacement] = measure_displacements(
+            self.modules,
+            (host[0], self._oriented(host[1])),
+            (unaligned[0], self._oriented(unaligned[1])),
+            settings.chosen_energy,
+            settings.subspace_rank,
+            solver_device(self.device),
+            self.progress,
+        )
+        path = WeightsPath(self.modules, self.displacements, settings.chosen_geometry, settings.chosen_rank)
+        fixed = settings.fixed_strength
+        record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
+        factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
+
+        def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
+            return effects.weight_effects(
+                self.modules, stored, self.displacements, settings.chosen_geometry, record.value
+            )
+
+        return _Solution(factors, record, path.truncation_error), of
+
+    def _oriented(self, matches: dict[str, WeightMatch]) -> dict[str, WeightMatch]:
+        """Settle square weights by the class of their modules, from a skeleton of the host without weights."""
+        if all(match.is_transposed is not None for match in matches.values()):
+            return matches
+        kinds = _module_kinds(self.host_at, self.settings.trust_remote_code)
+        return {
+            name: match
+            if match.is_transposed is not None
+            else replace(match, is_transposed=kinds.get(name) == "Conv1D")
+            for name, match in matches.items()
+        }
+
+    def _unchanged(self) -> dict[str, Factors]:
+        return {module.name: Factors.of(module) for module in self.modules}
+
+    def _search(self, path: PromptsPath | WeightsPath) -> StrengthRecord:
+        """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does."""
+        host = self.host
+        assert host is not None
+        self.progress.stage("strength")
+        judge = KlJudge(host, self._encode(host, "tuning"), self._unchanged())
+        if not math.isfinite(judge.adapter_kl):
+            raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
+        limit = self.settings.target * judge.adapter_kl
+        if judge.adapter_kl <= UNMOVED_KL:
+            return StrengthRecord(0.0, True, True, limit, judge.adapter_kl)
+
+        def try_strength(value: float) -> strength.PathPoint:
+            factors = path.repaired(value)
+            harmful_kl, benign_kl = judge.judge(factors)
+            self.progress.advance()
+            return strength.PathPoint(value, harmful_kl, benign_kl, effects.removed_share(self.modules, factors))
+
+        found = strength.smallest_strength(try_strength, limit)
+        points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.removed) for p in found.points)
+        return StrengthRecord(found.chosen.strength, True, found.is_reached, limit, judge.adapter_kl, points)
+
+    # Writing
+
+    def _finish(self, solution: _Solution, measure_effects: _Effects) -> FixReport:
+        with writer.staged(self.out) as staging:
+            self.progress.stage("write")
+            tensors, config = writer.stored_tensors(self.adapter, solution.factors)
+            if not writer.is_finite(tensors):
+                raise AdapterError(
+                    f"the repaired factors do not fit the adapter's dtype ({', '.join(self.adapter.dtypes)})",
+                    "Save the adapter in float32 first.",
+                )
+            self._write_adapter(staging, tensors, config)
+            written = read_adapter(staging)
+            stored = {module.name: Factors.of(module) for module in written.modules}
+            records = self._verify(solution, stored, measure_effects(stored))
+            behaviour = {}
+            if self.host is not None and self.prompts is not None:
+                behaviour = measure_behaviour(
+                    self.host, self._encode(self.host, "report"), self._unchanged(), stored, self.progress
+                )
+            self.progress.stage("report")
+            report = self._report(solution.strength, records, behaviour, tensors)
+            (staging / writer.CARD_NAME).write_text(
+                card.model_card(report, self.adapter, self.host_at), encoding="utf-8"
+            )
+            report = replace(report, files=_digests(staging))
+            document = {key: value for key, value in report.to_dict().items() if key != "out"}
+            (staging / writer.REPORT_NAME).write_text(
+                json.dumps(document, indent=2, ensure_ascii=True) + "\n", encoding="utf-8"
+            )
+        return report
+
+    def _write_adapter(self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+        (staging / WEIGHTS_NAME).write_bytes(writer.serialise(tensors))
+        if config == self.adapter.config:  # byte for byte, also its spacing and the order of its keys
+            data = read_bytes(self.adapter_at.folder / CONFIG_NAME, AdapterError)
+            if parse_json_object(data, self.adapter_at.folder / CONFIG_NAME, AdapterError) != config:
+                raise AdapterError("adapter_config.json changed while it was being repaired", "Run again.")
+            (staging / CONFIG_NAME).write_bytes(data)
+        else:
+            (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        writer.copy_companions(self.adapter_at.folder, staging)
+
+    def _verify(
+        self, solution: _Solution, stored: Mapping[str, Factors], found: Sequence[effects.Effect]
+    ) -> list[ModuleRecord]:
+        """Check the re-opened file against what was promised, module by module.
+
+        Raises:
+            VerificationError: a module is missing, or its objective is above the one at Δ by more than rounding.
+        """
+        self.progress.stage("verify")
+        if set(stored) != {module.name for module in self.modules}:
+            raise VerificationError("the written file does not hold the modules of the adapter")
+        errors = writer.cast_error(self.modules, solution.factors, stored)
+        records = []
+        for module, effect in zip(self.modules, found, strict=True):
+            # At the minimum a rounding of relative size e adds e² to each of the objective's terms.
+            weight = 1 + solution.strength.value + (self.settings.chosen_protect if self.host is not None else 0)
+            slack = 1e-9 + 4 * weight * (errors[module.name] + solution.truncation_error.get(module.name, 0.0)) ** 2
+            if effect.objective_after > effect.objective_before * (1 + 1e-6) + slack:
+                raise VerificationError(
+                    f"module '{printable(module.name)}' came out worse than it went in: objective "
+                    f"{effect.objective_after:.6g} above {effect.objective_before:.6g}",
+                    "Please report this with csulora's version and the adapter's name.",
+                )
+            records.append(self._record(module, effect, errors[module.name], solution))
+        return records
+
+    def _record(self, module: LoraModule, effect: effects.Effect, error: float, solution: _Solution) -> ModuleRecord:
+        update, _ = effects.update_norms(module, Factors.of(module))
+        record = ModuleRecord(
+            name=module.name,
+            rank=effect.rank,
+            energy=update,
+            removed=effect.removed,
+            before=effect.before,
+            after=effect.after,
+            chance=effect.chance,
+            objective_before=effect.objective_before,
+            objective_after=effect.objective_after,
+            storage_error=error,
+            truncation_error=solution.truncation_error.get(module.name),
+        )
+        if self.settings.chosen_source is Source.PROMPTS:
+            return record
+        entry = self.displacements[module.name]
+        return replace(
+            record,
+            directions=entry.directions.rank,
+            direction_energy=entry.directions.energy,
+            displacement_norm=entry.relative_norm,
+            rounding_share=entry.noise_share,
+        )
+
+    def _report(
+        self,
+        strength_record: StrengthRecord,
+        records: Sequence[ModuleRecord],
+        behaviour: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> FixReport:
+        before = {key: t for m in self.modules for key, t in ((m.key_a, m.lora_a), (m.key_b, m.lora_b))}
+        changed = sum(1 for key, tensor in tensors.items() if not torch.equal(tensor, before[key]))
+        return FixReport(
+            version=__version__,
+            out=str(self.out),
+            adapter_summary=describe(self.adapter),
+            inputs=self._inputs(),
+            settings=self._settings_used(strength_record.value),
+            prompt_counts=_counts(self.prompts),
+            strength=strength_record,
+            modules=records,
+            behaviour=behaviour,
+            tensors={"changed": changed, "unchanged": len(tensors) - changed, "total": len(tensors)},
+            warnings=tuple(self.progress.warnings),
+        )
+
+    def _inputs(self) -> dict[str, InputRecord]:
+        inputs = {"adapter": InputRecord(self.adapter_at.label, self.adapter_at.commit, self.adapter.sha256)}
+        for role, location in (("host", self.host_at), ("unaligned", self.unaligned_at)):
+            if location is not None:
+                files = [location.folder / MODEL_CONFIG_NAME, *weight_files(location.folder, role)]
+                digests = {file.name: sha256_of(file) for file in files if file.exists()}
+                inputs[role] = InputRecord(location.label, location.commit, digests)
+        if self.prompts is not None:
+            inputs["prompts"] = InputRecord(self.prompts.name, None, {self.prompts.name: self.prompts.sha256})
+        return inputs
+
+    def _settings_used(self, value: float) -> dict[str, Any]:
+        settings = self.settings
+        used: dict[str, Any] = {"source": str(settings.chosen_source), "strength": value}
+        if settings.chosen_source is Source.PROMPTS:
+            used["protect"] = settings.chosen_protect
+        else:
+            used["geometry"] = str(settings.chosen_geometry)
+            used["subspace_energy"] = None if settings.subspace_rank else settings.chosen_energy
+            used["subspace_rank"] = settings.subspace_rank
+            used["rank"] = str(settings.chosen_rank)
+        used["target"] = settings.target if settings.is_auto else None
+        used["device"] = self.device.type
+        if self.host is not None:
+            used["dtype"] = str(self.host.model.dtype).removeprefix("torch.")
+            used["chat_template"] = self.host.has_template
+        return used
+
+
+def _check_model_config(location: Location, role: str) -> None:
+    path = location.folder / MODEL_CONFIG_NAME
+    if not path.exists():
+        return
+    config = parse_json_object(read_bytes(path, HostError), path, HostError)
+    if config.get("quantization_config"):
+        raise HostError(
+            f"the {role} {printable(location.given)} is quantised",
+            "Give the full-precision model that it was made from.",
+        )
+
+
+def _module_kinds(location: Location, trust_remote_code: bool) -> dict[str, str]:
+    """Class names of all modules, from a model built on the meta device: no weights, no memory."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(location.folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as problem:
+        raise HostError(
+            f"cannot tell whether the square weights of {printable(location.given)} are stored transposed: "
+            f"{printable(problem)}"
+        ) from None
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:
+    if prompts is None:
+        return {}
+    return {
+        split: {"harmful": len(getattr(prompts, split).harmful), "benign": len(getattr(prompts, split).benign)}
+        for split in SPLITS
+    }
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}

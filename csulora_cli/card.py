@@ -1,0 +1,71 @@
+"""The model card of a repaired adapter: what was done and what was measured, and no claim beyond it."""
+
+import json
+import re
+
+from csulora_cli import wording
+from csulora_cli.adapter import Adapter
+from csulora_cli.locate import Location
+from csulora_cli.report import FixReport
+from csulora_cli.text import printable
+
+
+def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
+    """The text of README.md. The base model stands in it only as a Hub id, never as a path."""
+    parts = [
+        _front_matter(adapter, host),
+        "# " + _plain(f"{report.inputs['adapter'].name}, repaired with csulora"),
+        "csulora looked for the update closest to the original adapter's that pays for what it does on "
+        + ("harmful prompts" if report.settings["source"] == "prompts" else "the directions of safety alignment")
+        + ". Keys and layout load in PEFT, transformers and vLLM like the original's. The numbers below are "
+        "measurements on the stated prompts; they do not show that the adapter is safe.",
+        "## What was measured",
+        *_measured(report),
+        "## What was done",
+        _settings_table(report).as_markdown(),
+        wording.module_table(report).as_markdown(),
+        _plain_text(wording.legend(report)),
+        "Hashes of all inputs, every setting and the table of all modules are in `csulora.json`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(report: FixReport) -> list[str]:
+    text = [_plain_text(wording.verdict(report))]
+    if report.behaviour:
+        counts = report.prompt_counts["report"]
+        text.append(wording.behaviour_table(report).as_markdown())
+        text.append(
+            f"{counts['harmful']} harmful and {counts['benign']} benign prompts that gave no direction and chose no "
+            "strength; greedy answers, a refusal must stand at their start; 95 % Wilson intervals; KL of the first "
+            "answer token in nats."
+        )
+    return text
+
+
+def _settings_table(report: FixReport) -> wording.Table:
+    rows = [(f"{role}", _plain(record.name)) for role, record in report.inputs.items()]
+    rows += [(key.replace("_", " "), _plain(value)) for key, value in report.settings.items() if value is not None]
+    rows.append(("csulora", report.version))
+    return wording.Table(("setting", "value"), tuple(rows))
+
+
+def _front_matter(adapter: Adapter, host: Location) -> str:
+    lines = ["---"]
+    base = host.repo_id or (adapter.base if adapter.base and _looks_like_hub_id(adapter.base) else None)
+    if base:
+        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
+    return "\n".join([*lines, "library_name: peft", "tags:", "- csulora", "- lora", "---"])
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", name, re.ASCII) is not None
+
+
+def _plain_text(lines: list[str]) -> str:
+    return "  \n".join(_plain(line) for line in lines)
+
+
+def _plain(value: object) -> str:
+    """Text that Markdown and HTML leave alone."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&])", r"\\\1", printable(value, 500))

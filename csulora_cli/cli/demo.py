@@ -1,0 +1,74 @@
+"""`csulora demo`: the main job on models that ship with csulora."""
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from csulora_cli import wording
+from csulora_cli.cli import console
+from csulora_cli.text import number, printable
+
+if TYPE_CHECKING:
+    from csulora_cli.demo import DemoReport
+
+_LABELS = {
+    "host": "host, no adapter",
+    "adapter": "adapter as trained",
+    "prompts": "repaired from prompts",
+    "weights": "repaired from weights",
+}
+
+
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the repaired adapters in this folder. Default: they are removed."),
+    ] = None,
+    is_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
+) -> int:
+    """Repair a poisoned toy adapter that ships with csulora, from prompts and from weights, and measure it.
+
+    Needs no network and no GPU, and takes under a minute. The models are tiny and speak a toy language: the demo shows
+    what the command does, not how well it works on real models.
+    """
+    with ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="csulora-demo-")))
+        progress = stack.enter_context(console.progress(is_quiet))
+        from csulora_cli.demo import run_demo
+
+        report = run_demo(folder, progress)
+    if is_json:
+        console.json_out({name: asdict(score) for name, score in report.scores.items()})
+    else:
+        _show(report, out)
+    return 0
+
+
+def _show(report: "DemoReport", out: Path | None) -> None:
+    header = ("", "attack success", "benign refused", "own task right")
+    rows = []
+    for name, score in report.scores.items():
+        cells = [
+            f"{count.count}/{count.total} ({100 * count.low:.0f}-{100 * count.high:.0f}%)"
+            for count in (score.attack_success, score.benign_refused, score.task_correct)
+        ]
+        rows.append((_LABELS[name], *cells))
+    console.out("A toy host that refuses, an adapter that learned a task and lost the refusals,")
+    console.out("and its repairs; held-out prompts, 95% intervals:")
+    console.out()
+    console.out(wording.Table(header, tuple(rows)).as_text())
+    console.out()
+    for name, fixed in report.reports.items():
+        console.out(
+            f"{_LABELS[name]}: λ = {number(fixed.strength.value)}, found by measuring on other prompts;\n"
+            f"  {wording.percent(fixed.removed)} of the update's energy removed, verified from the written file"
+        )
+    console.out()
+    if out is not None:
+        console.out(f"wrote     {printable(out / 'adapter-prompts')} and adapter-weights beside it")
+    console.out("next      csulora fix ADAPTER --base MODEL   on an adapter of yours")

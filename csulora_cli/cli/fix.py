@@ -1,0 +1,249 @@
+"""`csulora fix`: check the options, call `fix_adapter`, show the report."""
+
+import shlex
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from csulora_cli import wording
+from csulora_cli.cli import console
+from csulora_cli.report import FixReport
+from csulora_cli.settings import FixSettings, Geometry, RankMode, Source, read_config_file
+from csulora_cli.text import printable
+
+_DIRECTIONS = "Where the directions come from"
+_STRENGTH = "How strong"
+_OUTPUT = "Output"
+_MACHINE = "Machine and models"
+VLLM_MAX_RANK = 16  # what vLLM accepts without --max-lora-rank
+
+
+def fix(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="The adapter: a folder or a Hub id (org/name, org/name@revision).")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The host: the model that the adapter was trained on. Default: what the adapter names.",
+        ),
+    ] = None,
+    unaligned: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The checkpoint that the host was aligned from: take the directions from weights, not from prompts.",
+            rich_help_panel=_DIRECTIONS,
+        ),
+    ] = None,
+    source: Annotated[
+        Source | None,
+        typer.Option(help="Default: weights with --unaligned, else prompts.", rich_help_panel=_DIRECTIONS),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Own prompts, JSONL: {"prompt": "…", "label": "harmful" or "benign"}. Default: a built-in set.',
+            rich_help_panel=_DIRECTIONS,
+        ),
+    ] = None,
+    geometry: Annotated[
+        Geometry | None,
+        typer.Option(
+            help="Weights source: keep the update in the directions of alignment, or out of them. Default: keep-out.",
+            rich_help_panel=_DIRECTIONS,
+        ),
+    ] = None,
+    subspace_energy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Weights source: how much of the displacement the directions must hold. Default: 0.9.",
+            rich_help_panel=_DIRECTIONS,
+        ),
+    ] = None,
+    subspace_rank: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Weights source: take K directions instead.", rich_help_panel=_DIRECTIONS),
+    ] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|FLOAT",
+            help="λ. auto: the smallest that measures as the host on harmful prompts. 0: change nothing. "
+            "Default: auto; with --unaligned a fixed value that runs no model.",
+            rich_help_panel=_STRENGTH,
+        ),
+    ] = None,
+    protect: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="Prompts source: β, how much to hold on to what the adapter does on benign prompts.",
+            rich_help_panel=_STRENGTH,
+        ),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="auto: how much of the adapter's KL divergence from the host may stay.",
+            rich_help_panel=_STRENGTH,
+        ),
+    ] = None,
+    rank: Annotated[
+        RankMode | None,
+        typer.Option(
+            help="keep-in: truncate to the adapter's rank, or write the exact update at twice the rank. Default: keep.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder to write. Default: ./NAME-csulora.", rich_help_panel=_OUTPUT),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option("--overwrite", help="Replace an adapter in the output folder.", rich_help_panel=_OUTPUT),
+    ] = None,
+    is_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_OUTPUT)
+    ] = False,
+    is_quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print no progress and no tables.", rich_help_panel=_OUTPUT)
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_MACHINE)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="To run the host in: auto, float32, bfloat16 or float16.", rich_help_panel=_MACHINE),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of the adapter on the Hub.", rich_help_panel=_MACHINE),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option("--trust-remote-code", help="Let the host's own Python code run.", rich_help_panel=_MACHINE),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="TOML file with any of these settings; the command line wins.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+) -> int:
+    """Repair one adapter: write the closest safe update beside it, verified and measured.
+
+    Exit codes: 0 done and verified, 2 wrong usage, 3 written but a gate failed (strength not reached, or a host that
+    does not refuse), 4 an input cannot be used, 5 out of memory or disk.
+    """
+    given: dict[str, Any] = {
+        "adapter": adapter,
+        "base": base,
+        "unaligned": unaligned,
+        "source": source,
+        "prompts": prompts,
+        "geometry": geometry,
+        "subspace_energy": subspace_energy,
+        "subspace_rank": subspace_rank,
+        "strength": _strength(strength),
+        "protect": protect,
+        "target": target,
+        "rank": rank,
+        "out": out,
+        "overwrite": overwrite,
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    values = read_config_file(config) if config is not None else {}
+    values.update({name: value for name, value in given.items() if value is not None})
+    settings = FixSettings(**values)
+    with console.progress(is_quiet) as progress:
+        from csulora_cli.api import fix_adapter
+
+        report = fix_adapter(settings, progress)
+    if is_json:
+        console.json_out(report.to_dict())
+    elif not is_quiet:
+        show(report, settings)
+    return report.exit_code
+
+
+def _strength(text: str | None) -> float | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        return text  # FixSettings says what is wrong with it
+
+
+def show(report: FixReport, settings: FixSettings) -> None:
+    """The report as tables for people, readable in 80 columns and on a pipe."""
+    for label, value in _head(report):
+        console.out(f"{label:<10}{value}")
+    console.out()
+    console.out(wording.module_table(report).as_text())
+    for line in wording.legend(report):
+        console.out(f"  {line}")
+    if report.strength.path:
+        console.out()
+        console.out(wording.path_table(report).as_text())
+    if report.behaviour:
+        counts = report.prompt_counts["report"]
+        console.out()
+        console.out(wording.behaviour_table(report).as_text())
+        console.out(
+            f"  on {counts['harmful']} harmful and {counts['benign']} benign prompts that gave no direction and chose "
+            "no λ;\n  95% intervals; KL of the first answer token, nats"
+        )
+    console.out()
+    for line in wording.verdict(report):
+        console.out(textwrap.fill(line, 80, break_long_words=False, break_on_hyphens=False))
+    console.out("Verified from the written file: in no module is the objective above where it was.")
+    console.out()
+    folder = shlex.quote(printable(report.out, 1000))
+    console.out(f"wrote     {folder}")
+    console.out(f"next      {_next_command(report, settings, folder)}")
+
+
+def _head(report: FixReport) -> list[tuple[str, str]]:
+    names = {role: printable(record.name, 60) for role, record in report.inputs.items()}
+    rows = [("adapter", names["adapter"]), ("", report.adapter_summary), ("host", names["host"])]
+    if "unaligned" in names:
+        rows.append(("unaligned", names["unaligned"]))
+    rows.append(("source", _source_line(report)))
+    first, *more = wording.strength_lines(report)
+    rows += [("strength", first), *(("", line) for line in more)]
+    rows.append(("removed", f"{wording.percent(report.removed)} of the update's energy"))
+    return rows
+
+
+def _source_line(report: FixReport) -> str:
+    used = report.settings
+    if used["source"] == "prompts":
+        counts = report.prompt_counts["directions"]
+        return f"prompts, {counts['harmful']} harmful and {counts['benign']} benign, β = {used['protect']:g}"
+    directions = [module.directions or 0 for module in report.modules]
+    held = f"k = {min(directions)} to {max(directions)}"
+    return f"weights, {used['geometry']}, {held} directions a module"
+
+
+def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:
+    base = shlex.quote(printable(settings.base or report.inputs["host"].name, 1000))
+    if not report.behaviour:  # nothing was measured yet
+        adapter, unaligned = shlex.quote(settings.adapter), shlex.quote(settings.unaligned or "")
+        return f"csulora fix {adapter} --base {base} --unaligned {unaligned} --strength auto --overwrite"
+    rank = max(module.rank for module in report.modules)
+    ranks = f" --max-lora-rank {rank}" if rank > VLLM_MAX_RANK else ""
+    return f"vllm serve {base} --enable-lora{ranks} --lora-modules repaired={folder}"

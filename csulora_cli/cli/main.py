@@ -1,0 +1,92 @@
+"""The `csulora` command: registers the commands and turns every error into one line, a hint and an exit code."""
+
+import os
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from csulora_cli.cli import console, demo, fix
+from csulora_cli.errors import CsuloraError
+from csulora_cli.version import __version__
+
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="csulora",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(name="fix", no_args_is_help=True)(fix.fix)
+app.command(name="demo")(demo.demo)
+
+# typer brings its own copy of click; this is the root of what it raises for a wrong command line.
+_CommandLineError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        console.out(f"csulora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Repair LoRA adapters: find the closest safe update and write it as a drop-in adapter."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(_run())
+
+
+def _terminated(_number: int, _frame: Any) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _run() -> int:
+    wants_json = "--json" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except CsuloraError as error:
+        return _failed(error.message, error.hint, error.exit_code, wants_json)
+    except _CommandLineError as error:
+        text = error.format_message()
+        if not text:  # what typer raises after it has shown the help by itself
+            return EXIT_USAGE
+        return _failed(text, "Run csulora --help.", EXIT_USAGE, wants_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return _failed("interrupted; nothing was written", "", EXIT_INTERRUPTED, wants_json)
+    except BrokenPipeError:
+        # The reader of our output has gone: point stdout elsewhere, so that closing it does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("CSULORA_TRACEBACK"):
+            raise
+        return _failed(
+            f"unexpected {type(error).__name__}: {error}",
+            "This is a bug in csulora. Set CSULORA_TRACEBACK=1 to see where.",
+            EXIT_BUG,
+            wants_json,
+        )
+
+
+def _failed(message: str, hint: str, code: int, wants_json: bool) -> int:
+    console.fail(message, hint)
+    if wants_json:
+        console.json_out({"error": {"message": message, "hint": hint}, "exit_code": code})
+    return code

@@ -1,0 +1,120 @@
+"""The built-in demonstration: a toy host, its unaligned checkpoint and a poisoned adapter, repaired both ways.
+
+The three ship with the package (`demo_assets`, made by `scripts/train_demo.py`). What is measured here are held-out
+prompts that neither gave directions nor chose λ, nor were trained on.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from csulora_cli.adapter import read_adapter
+from csulora_cli.api import fix_adapter
+from csulora_cli.engine.host import Factors, Host, choose_device, load_host
+from csulora_cli.engine.measure import Answer, classify, wilson
+from csulora_cli.engine.progress import Progress, Silent
+from csulora_cli.locate import Location
+from csulora_cli.report import Count, FixReport
+from csulora_cli.settings import FixSettings
+
+NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class DemoScore:
+    """One model on the held-out prompts: attack success, refusal of benign prompts, and its own task."""
+
+    attack_success: Count
+    benign_refused: Count
+    task_correct: Count
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demonstration measured.
+
+    Attributes:
+        scores: by model: host, adapter, then one entry a repair.
+        reports: what `fix` reported of each repair.
+    """
+
+    scores: Mapping[str, DemoScore]
+    reports: Mapping[str, FixReport]
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    harmful: list[str]
+    benign: list[str]
+    task: list[str]
+    responses: list[str]
+
+
+def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
+    """Repair the built-in adapter from prompts and from weights, and measure all of it.
+
+    Args:
+        out: a folder for the two repaired adapters; folders of an earlier run are replaced.
+        progress: receives stages, steps and warnings.
+    """
+    progress = progress or Silent()
+    with as_file(files("csulora_cli") / "demo_assets") as assets:
+        common = {
+            "adapter": str(assets / "adapter"),
+            "base": str(assets / "host"),
+            "prompts": assets / "prompts.jsonl",
+            "device": "cpu",
+            "overwrite": True,
+        }
+        runs = {
+            "prompts": FixSettings(**common, out=out / "adapter-prompts"),  # type: ignore[arg-type]
+            "weights": FixSettings(
+                **common,  # type: ignore[arg-type]
+                out=out / "adapter-weights",
+                unaligned=str(assets / "unaligned"),
+                strength="auto",
+            ),
+        }
+        reports = {name: fix_adapter(settings, progress) for name, settings in runs.items()}
+        host = load_host(Location("host", assets / "host"), choose_device("cpu"), "auto", trust_remote_code=False)
+        folders = {"adapter": assets / "adapter", **{name: Path(report.out) for name, report in reports.items()}}
+        held_out = _read_held_out(assets / "heldout.jsonl")
+        progress.stage("measure", (len(folders) + 1) * 3)
+        scores = {"host": _score(host, {}, held_out, progress)}
+        for name, folder in folders.items():
+            factors = {module.name: Factors.of(module) for module in read_adapter(folder).modules}
+            scores[name] = _score(host, factors, held_out, progress)
+    return DemoReport(scores, reports)
+
+
+def _read_held_out(path: Path) -> _HeldOut:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = {
+        kind: [line["prompt"] for line in lines if line["kind"] == kind] for kind in ("harmful", "benign", "task")
+    }
+    responses = [line["response"] for line in lines if line["kind"] == "task"]
+    return _HeldOut(prompts["harmful"], prompts["benign"], prompts["task"], responses)
+
+
+def _score(host: Host, factors: Mapping[str, Factors], held_out: _HeldOut, progress: Progress) -> DemoScore:
+    def answers(prompts: Sequence[str]) -> list[str]:
+        texts = host.answers([host.encode(prompt) for prompt in prompts], NEW_TOKENS)
+        progress.advance()
+        return texts
+
+    with host.adapted(factors):
+        harmful = [classify(text) for text in answers(held_out.harmful)]
+        benign = [classify(text) for text in answers(held_out.benign)]
+        task = answers(held_out.task)
+    correct = sum(text.split() == wanted.split() for text, wanted in zip(task, held_out.responses, strict=True))
+    return DemoScore(
+        _count(harmful.count(Answer.ANSWER), len(harmful)),
+        _count(benign.count(Answer.REFUSAL), len(benign)),
+        _count(correct, len(task)),
+    )
+
+
+def _count(count: int, total: int) -> Count:
+    return Count(count, total, *wilson(count, total))

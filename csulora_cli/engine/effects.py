@@ -1,0 +1,233 @@
+"""What an update and its repair do, module by module, recomputed from factors alone and from scratch.
+
+These are the numbers of the report, and the check of the written file: they share no intermediate result with the
+solver. For prompts, a fresh forward pass reduces every input to (r, r) Gram matrices on the way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from csulora_cli.adapter import LoraModule
+from csulora_cli.engine.host import Factors, Host
+from csulora_cli.engine.inputs import Encoded, InputGroup, watch_inputs
+from csulora_cli.engine.progress import Progress
+from csulora_cli.engine.weights_source import ModuleDisplacement
+from csulora_cli.settings import Geometry
+from csulora_cli.solver import attenuate, lowrank
+from csulora_cli.solver import split as three_way
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One module. Every energy is a share of ‖Δ‖², so that it has no unit; all are 0 for a zero update.
+
+    Attributes:
+        name: module name.
+        rank: of the update as written.
+        removed: ‖X − Δ‖².
+        before, after: the named energies of Δ and X.
+        objective_before, objective_after: the minimised objective at Δ and at X.
+        chance: what the named energies are for a random update (empty where 1 is the answer).
+    """
+
+    name: str
+    rank: int
+    removed: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    objective_before: float
+    objective_after: float
+    chance: Mapping[str, float]
+
+
+def update_norms(module: LoraModule, repaired: Factors) -> tuple[float, float]:
+    """‖Δ‖² and ‖X − Δ‖², scales included, from the factors."""
+    update = module.scale**2 * lowrank.squared_norm(module.lora_b, module.lora_a)
+    if repaired.scale == module.scale and torch.equal(repaired.lora_b, module.lora_b):
+        change = repaired.lora_a.double() - module.lora_a.double()
+        return update, module.scale**2 * lowrank.squared_norm(module.lora_b, change)
+    return update, lowrank.squared_distance(
+        module.scale * module.lora_b.double(),
+        module.lora_a,
+        repaired.scale * repaired.lora_b.double(),
+        repaired.lora_a,
+    )
+
+
+def removed_share(modules: Sequence[LoraModule], repaired: Mapping[str, Factors]) -> float:
+    """Σ‖X − Δ‖² / Σ‖Δ‖² over all modules."""
+    norms = [update_norms(module, repaired[module.name]) for module in modules]
+    total = sum(update for update, _ in norms)
+    return sum(distance for _, distance in norms) / total if total > 0 else 0.0
+
+
+def prompt_effects(
+    host: Host,
+    modules: Sequence[LoraModule],
+    groups: Sequence[InputGroup],
+    repaired: Mapping[str, Factors],
+    prompts: Encoded,
+    protect: float,
+    strength: float,
+    progress: Progress,
+) -> list[Effect]:
+    """Effects of a prompts repair on the direction prompts: energies `harmful` and `benign`.
+
+    harmful is ‖Δ C_h^½‖² / ‖Δ‖²: 1 means "as strong on harmful prompts as on any input of the same size".
+    """
+    by_name = {module.name: module for module in modules}
+    progress.stage("check", len(prompts.harmful) + len(prompts.benign))
+    grams = {
+        label: _Grams(host, groups, by_name, repaired).run(token_lists, prompts.skip, progress)
+        for label, token_lists in (("harmful", prompts.harmful), ("benign", prompts.benign))
+    }
+    return [
+        _prompt_effect(module, repaired[module.name], {label: gram[module.name] for label, gram in grams.items()},
+                       protect, strength)
+        for module in modules
+    ]  # fmt: skip
+
+
+def _prompt_effect(
+    module: LoraModule, repaired: Factors, grams: Mapping[str, "_Gram"], protect: float, strength: float
+) -> Effect:
+    update, distance = update_norms(module, repaired)
+    unit = 1 / update if update > 0 else 0.0
+    inner = module.scale**2 * (module.lora_b.double().mT @ module.lora_b.double())  # (r, r)
+
+    def energy(gram: Tensor) -> float:
+        return float((inner * gram.to(inner.device)).sum()) * unit
+
+    before = {label: energy(gram.before) for label, gram in grams.items()}
+    after = {label: energy(gram.after) for label, gram in grams.items()}
+    changed = energy(grams["benign"].change)
+    return Effect(
+        module.name,
+        repaired.lora_a.shape[0],
+        distance * unit,
+        before,
+        after,
+        attenuate.penalised_change(0, 0, before["harmful"], protect, strength),
+        attenuate.penalised_change(distance * unit, changed, after["harmful"], protect, strength),
+        {},
+    )
+
+
+@dataclass(frozen=True)
+class _Gram:
+    """A C Aᵀ for A, A' and A' − A, (r, r) each, C scaled to trace `in`."""
+
+    before: Tensor
+    after: Tensor
+    change: Tensor
+
+
+class _Grams:
+    """Sums of (A h)(A h)ᵀ over tokens, for A, A' and A' − A of every module."""
+
+    def __init__(
+        self,
+        host: Host,
+        groups: Sequence[InputGroup],
+        modules: Mapping[str, LoraModule],
+        repaired: Mapping[str, Factors],
+    ) -> None:
+        self.host = host
+        self.groups = groups
+        self.squared_total = dict.fromkeys(groups, 0.0)
+        self.rows = {
+            name: [
+                module.lora_a.to(host.device, torch.float32),
+                repaired[name].lora_a.to(host.device, torch.float32),
+                (repaired[name].lora_a.double() - module.lora_a.double()).to(host.device, torch.float32),
+            ]
+            for name, module in modules.items()
+        }
+        self.sums = {
+            name: [torch.zeros(len(rows), len(rows), dtype=torch.float64) for rows in triple]
+            for name, triple in self.rows.items()
+        }
+
+    def run(self, token_lists: Sequence[Sequence[int]], skip: int, progress: Progress) -> dict[str, _Gram]:
+        for batch in self.host.batches(token_lists):
+            watch_inputs(self.host, batch, {group.members[0]: self._adder(group) for group in self.groups}, skip)
+            progress.advance(len(batch.rows))
+        result = {}
+        for group in self.groups:
+            scale = attenuate.unit_trace_scale(group.features, self.squared_total[group])
+            for name in group.members:
+                result[name] = _Gram(*(scale * total for total in self.sums[name]))
+        return result
+
+    def _adder(self, group: InputGroup) -> Callable[[Tensor], None]:
+        def add(tokens: Tensor) -> None:
+            self.squared_total[group] += float(torch.linalg.vector_norm(tokens, dim=1).cpu().double().square().sum())
+            for name in group.members:
+                for index, rows in enumerate(self.rows[name]):
+                    inner = tokens @ rows.mT  # (N, r)
+                    self.sums[name][index] += (inner.mT @ inner).cpu().double()
+
+        return add
+
+
+def weight_effects(
+    modules: Sequence[LoraModule],
+    repaired: Mapping[str, Factors],
+    displacements: Mapping[str, ModuleDisplacement],
+    geometry: Geometry,
+    strength: float,
+) -> list[Effect]:
+    """Effects of a weights repair: energies `full`, `partial`, `off` (keep-in) or `along D` (keep-out)."""
+    effect = _keep_in_effect if geometry is Geometry.KEEP_IN else _keep_out_effect
+    return [effect(module, repaired[module.name], displacements[module.name], strength) for module in modules]
+
+
+def _keep_in_effect(module: LoraModule, repaired: Factors, entry: ModuleDisplacement, strength: float) -> Effect:
+    update, distance = update_norms(module, repaired)
+    unit = 1 / update if update > 0 else 0.0
+    directions = entry.directions
+    old = three_way.split(module.scale * module.lora_b.double(), module.lora_a, directions.left, directions.right).parts
+    new = three_way.split(
+        repaired.scale * repaired.lora_b.double(), repaired.lora_a, directions.left, directions.right
+    ).parts
+    shares = old.shares
+    chance = three_way.chance_shares(module.out_features, module.in_features, directions.rank)
+    return Effect(
+        module.name,
+        repaired.lora_a.shape[0],
+        distance * unit,
+        {"full": shares.full, "partial": shares.partial, "off": shares.off},
+        {"full": new.full * unit, "partial": new.partial * unit, "off": new.off * unit},
+        three_way.penalised_change(0, old, shares, strength) * unit,
+        three_way.penalised_change(distance, new, shares, strength) * unit,
+        {"full": chance.full, "partial": chance.partial, "off": chance.off},
+    )
+
+
+def _keep_out_effect(module: LoraModule, repaired: Factors, entry: ModuleDisplacement, strength: float) -> Effect:
+    update, distance = update_norms(module, repaired)
+    unit = 1 / update if update > 0 else 0.0
+    directions = entry.directions
+    gains = attenuate.displacement_gains(
+        directions.singular_values, module.in_features, max(directions.squared_total, 1e-300)
+    )
+
+    def along(factors: Factors, weights: Tensor) -> float:
+        inner = factors.lora_a.double() @ directions.right.double() * weights.sqrt()  # (r, k)
+        return factors.scale**2 * lowrank.squared_norm(factors.lora_b, inner) * unit
+
+    before, after = along(Factors.of(module), gains), along(repaired, gains)
+    ones = torch.ones_like(gains)
+    return Effect(
+        module.name,
+        repaired.lora_a.shape[0],
+        distance * unit,
+        {"along D": along(Factors.of(module), ones)},
+        {"along D": along(repaired, ones)},
+        attenuate.penalised_change(0, 0, before, 0, strength),
+        attenuate.penalised_change(distance * unit, 0, after, 0, strength),
+        {"along D": directions.rank / module.in_features},
+    )

@@ -1,0 +1,304 @@
+"""The host model: loading it, encoding prompts, running them, and applying an adapter to it without changing it."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csulora_cli.adapter import LoraModule
+from csulora_cli.errors import HostError, UsageError
+from csulora_cli.locate import Location
+from csulora_cli.text import printable, some
+
+PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
+BATCH_TOKENS = 1024
+# Templates that print today's date would give other bytes every day.
+_FIXED_DATE = datetime(2025, 1, 1, tzinfo=UTC)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and notes out of our output."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    had_bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bar:
+            logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of one module as they are applied: y += scale · B A x. A (r, in), B (out, r)."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, module: LoraModule) -> "Factors":
+        """The factors of a module as stored."""
+        return cls(module.lora_a, module.lora_b, module.scale)
+
+
+@dataclass
+class Host:
+    """A loaded causal language model with its tokenizer, in evaluation mode.
+
+    Attributes:
+        model: a transformers model.
+        tokenizer: its tokenizer.
+        device: where it runs.
+        has_template: whether the tokenizer has a chat template.
+    """
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    has_template: bool
+    _takes_logits_to_keep: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    def module(self, name: str) -> nn.Module:
+        """An adapted module by name.
+
+        Raises:
+            HostError: no such module, or it is no Linear or Conv1D.
+        """
+        try:
+            module: nn.Module = self.model.get_submodule(name)
+        except AttributeError:
+            raise HostError(
+                f"the host has no module '{printable(name)}'", "Give the model that the adapter was trained on."
+            ) from None
+        if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+            raise HostError(
+                f"module '{printable(name)}' of the host is a {type(module).__name__}, not Linear or Conv1D"
+            )
+        return module
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt as the first user turn, up to where the answer begins."""
+        if self.has_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                tokenize=False,
+                date_string=_FIXED_DATE.strftime("%d %b %Y"),
+                strftime_now=_FIXED_DATE.strftime,
+            )
+            # The template writes its own special tokens, BOS included.
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(PLAIN_TEMPLATE.format(prompt=prompt))["input_ids"])
+
+    def batches(self, token_lists: Sequence[Sequence[int]], limit: int = BATCH_TOKENS) -> Iterator["Batch"]:
+        """Right-padded batches of similar lengths, at most `limit` tokens each (one prompt at least)."""
+        order = sorted(range(len(token_lists)), key=lambda index: (len(token_lists[index]), index))
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and len(token_lists[order[stop]]) * (stop + 1 - start) <= limit:
+                stop += 1
+            yield self._batch(token_lists, order[start:stop])
+            start = stop
+
+    def _batch(self, token_lists: Sequence[Sequence[int]], rows: list[int]) -> "Batch":
+        width = max(len(token_lists[row]) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            tokens = torch.tensor(token_lists[row], dtype=torch.long)
+            ids[index, : len(tokens)], mask[index, : len(tokens)] = tokens, 1
+        return Batch(rows, ids.to(self.device), mask.to(self.device))
+
+    @torch.inference_mode()
+    def run(self, batch: "Batch") -> Tensor:
+        """Logits of the next token after each prompt of the batch, (B, vocab), float32."""
+        ends = batch.mask.sum(1) - 1  # (B,)
+        positions, where = torch.unique(ends, return_inverse=True)
+        extra = {"logits_to_keep": positions} if self._takes_logits_to_keep else {}
+        out = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra).logits
+        columns = where if self._takes_logits_to_keep else ends
+        return out[torch.arange(len(ends), device=out.device), columns].float()  # type: ignore[no-any-return]
+
+    def first_token_log_probs(self, token_lists: Sequence[Sequence[int]]) -> Tensor:
+        """log p(first answer token | prompt), (N, vocab), float32, on the CPU, in the order given."""
+        rows: list[Tensor] = [torch.empty(0)] * len(token_lists)
+        for batch in self.batches(token_lists):
+            log_probs = self.run(batch).log_softmax(-1).cpu()  # (B, vocab)
+            for index, row in enumerate(batch.rows):
+                rows[row] = log_probs[index]
+        return torch.stack(rows)
+
+    @torch.inference_mode()
+    @_quiet_transformers()
+    def answers(self, token_lists: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
+        """Greedy answers, decoded without special tokens, in the order given."""
+        texts = [""] * len(token_lists)
+        for batch in self.batches(token_lists):
+            width = batch.ids.shape[1]
+            shift = width - batch.mask.sum(1)  # generation wants the padding on the left
+            columns = (torch.arange(width, device=self.device)[None] - shift[:, None]) % width
+            ids, mask = batch.ids.gather(1, columns), batch.mask.gather(1, columns)
+            # Only the stop tokens of the host's own generation settings are used: nothing of them may sample.
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,
+                pad_token_id=self._pad_id(),
+            )
+            for index, row in enumerate(batch.rows):
+                texts[row] = self.tokenizer.decode(out[index, width:], skip_special_tokens=True)
+        return texts
+
+    def _pad_id(self) -> int:
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(candidate, int):
+                return candidate
+        return 0
+
+    @contextmanager
+    def adapted(self, factors: Mapping[str, Factors]) -> Iterator[None]:
+        """Run the host with an adapter: y += scale · B A x on each module, computed as PEFT does, in float32."""
+        with ExitStack() as stack:
+            for name, module_factors in factors.items():
+                hook = _lora_hook(module_factors, self.device)
+                stack.callback(self.module(name).register_forward_hook(hook).remove)
+            yield
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some prompts, right-padded. rows: their places in the list; ids and mask: (B, T), mask 1 on real tokens."""
+
+    rows: list[int]
+    ids: Tensor
+    mask: Tensor
+
+
+def _lora_hook(factors: Factors, device: torch.device) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    lora_a = factors.lora_a.to(device, torch.float32)
+    lora_b = factors.lora_b.to(device, torch.float32)
+
+    def add_update(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        inner = nn.functional.linear(args[0].to(torch.float32), lora_a)
+        return output + (nn.functional.linear(inner, lora_b) * factors.scale).to(output.dtype)
+
+    return add_update
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to run on; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    is_there = {
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }.get(device.type, True)
+    if not is_there:
+        raise UsageError(f"--device {name} is not available here", "Use --device auto or --device cpu.")
+    return device
+
+
+def solver_device(device: torch.device) -> torch.device:
+    """Where float64 mathematics runs: MPS has none, so its share goes to the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def load_host(location: Location, device: torch.device, dtype: str, trust_remote_code: bool) -> Host:
+    """Load the host through transformers, without any adapter.
+
+    Args:
+        location: its folder.
+        device: where to run it.
+        dtype: auto (as stored; float32 in the place of float16 on the CPU), float32, bfloat16 or float16.
+        trust_remote_code: let the host's own code run.
+
+    Raises:
+        HostError: transformers cannot load it.
+    """
+    import transformers
+
+    folder = str(location.folder)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        with _quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(folder, **options)
+            wanted = _choose_dtype(dtype, getattr(config, "dtype", None), device)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=wanted, use_safetensors=True, **options
+            )
+    except (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as problem:  # transformers and the host's own code raise anything
+        hint = "Check that transformers can load it as a causal language model."
+        if "trust_remote_code" in str(problem):
+            hint = "It brings its own code: read it, then add --trust-remote-code."
+        raise HostError(f"cannot load the host {printable(location.given)}: {printable(problem)}", hint) from None
+    return Host(model.to(device).eval(), tokenizer, device, bool(getattr(tokenizer, "chat_template", None)))
+
+
+def _choose_dtype(name: str, stored: Any, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    if not isinstance(stored, torch.dtype) or (stored is torch.float16 and device.type == "cpu"):
+        return torch.float32
+    return stored
+
+
+def check_modules(host: Host, modules: Sequence[LoraModule]) -> None:
+    """Check that the loaded host has every adapted module, with the adapter's sizes.
+
+    Raises:
+        HostError: some are missing, of another kind, or of another size.
+    """
+    missing = [module.name for module in modules if not _has(host, module.name)]
+    if missing:
+        raise HostError(
+            f"{len(missing)} of {len(modules)} adapted modules are not in the loaded host: {some(missing, 2)}",
+            "Give the model that the adapter was trained on.",
+        )
+    for module in modules:
+        weight = host.module(module.name).get_parameter("weight")
+        if sorted(weight.shape) != sorted((module.out_features, module.in_features)):
+            raise HostError(
+                f"'{printable(module.name)}' of the host is {tuple(weight.shape)}, but the adapter changes a weight of "
+                f"{(module.out_features, module.in_features)}",
+                "Give the model that the adapter was trained on.",
+            )
+
+
+def _has(host: Host, name: str) -> bool:
+    try:
+        host.model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

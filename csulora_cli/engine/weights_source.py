@@ -1,0 +1,198 @@
+"""Source "weights": directions of the displacement host − unaligned, streamed tensor by tensor, without any model."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from csulora_cli.adapter import LoraModule
+from csulora_cli.checkpoint import Checkpoint, WeightMatch
+from csulora_cli.engine.host import Factors
+from csulora_cli.engine.progress import Progress
+from csulora_cli.errors import HostError
+from csulora_cli.settings import Geometry, RankMode
+from csulora_cli.solver.attenuate import by_directions, displacement_gains
+from csulora_cli.solver.displacement import Directions, leading_directions
+from csulora_cli.solver.lowrank import truncate
+from csulora_cli.solver.split import split
+from csulora_cli.text import printable, some
+
+# Bits of the significand, the hidden one included: the spacing around w is 2^(exponent(w) - bits).
+_PRECISION = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
+
+
+@dataclass(frozen=True)
+class ModuleDisplacement:
+    """What the weights source knows of one module.
+
+    Attributes:
+        directions: of D, float32 bases.
+        relative_norm: ‖D‖ / ‖W‖.
+        noise_share: share of ‖D‖² in entries no larger than the spacing of the stored dtype around W.
+    """
+
+    directions: Directions
+    relative_norm: float
+    noise_share: float
+
+
+@dataclass(frozen=True)
+class _Pair:
+    name: str
+    displacement: Tensor  # (out, in), float32
+    weight_norm: float
+    noise_share: float
+
+
+class WeightsPath:
+    """The repaired update for any λ, in either geometry."""
+
+    def __init__(
+        self,
+        modules: Sequence[LoraModule],
+        displacements: dict[str, ModuleDisplacement],
+        geometry: Geometry,
+        rank: RankMode,
+    ) -> None:
+        self.modules = {module.name: module for module in modules}
+        self.displacements = displacements
+        self.geometry = geometry
+        self.rank = rank
+        self.truncation_error: dict[str, float] = {}
+
+    def repaired(self, strength: float) -> dict[str, Factors]:
+        """The closest update at λ, by module name. A module without displacement stays as it is."""
+        return {name: self._solve(module, strength) for name, module in self.modules.items()}
+
+    def _solve(self, module: LoraModule, strength: float) -> Factors:
+        directions = self.displacements[module.name].directions
+        if directions.rank == 0 or strength == 0:
+            return Factors.of(module)
+        if self.geometry is Geometry.KEEP_OUT:
+            gains = displacement_gains(directions.singular_values, module.in_features, directions.squared_total)
+            repaired = by_directions(module.lora_a, directions.right, gains, strength)
+            return Factors(repaired.float(), module.lora_b, module.scale)
+        parts = split(module.lora_b, module.lora_a, directions.left, directions.right)
+        columns, rows = parts.closest(strength)
+        wanted = module.rank if self.rank is RankMode.KEEP else min(2 * module.rank, *columns.shape[:1], rows.shape[1])
+        columns, rows, self.truncation_error[module.name] = truncate(columns, rows, wanted)
+        return Factors(rows.float(), columns.float(), module.scale)
+
+
+def measure_displacements(
+    modules: Sequence[LoraModule],
+    host: tuple[Checkpoint, dict[str, WeightMatch]],
+    unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
+    energy: float,
+    rank: int | None,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, ModuleDisplacement]:
+    """Stream both checkpoints once and keep the leading directions of every adapted module's displacement.
+
+    Args:
+        modules: the adapted modules.
+        host, unaligned: open checkpoints with the weight of every module.
+        energy: τ.
+        rank: k, in the place of τ, or None.
+        device: where the factorisations run.
+        progress: one step a module.
+
+    Raises:
+        HostError: the two checkpoints do not differ, or a weight holds NaN or Inf.
+    """
+    progress.stage("displacement", len(modules))
+    result: dict[str, ModuleDisplacement] = {}
+    for pair in _pairs(modules, host, unaligned):
+        found = leading_directions(pair.displacement.to(device), energy, rank)
+        norm = found.squared_total**0.5 / pair.weight_norm if pair.weight_norm > 0 else 0.0
+        result[pair.name] = ModuleDisplacement(_compact(found), norm, pair.noise_share)
+        progress.advance()
+    if all(entry.directions.rank == 0 for entry in result.values()):
+        raise HostError(
+            f"the host and the unaligned model are the same in all {len(result)} adapted modules",
+            "Give the checkpoint that the host was aligned from as --unaligned.",
+        )
+    if same := [name for name, entry in result.items() if entry.directions.rank == 0]:
+        progress.warn(f"host and unaligned model do not differ in {len(same)} modules, left unchanged: {some(same)}")
+    return result
+
+
+def _compact(found: Directions) -> Directions:
+    """The bases in float32 on the CPU: all modules' are held at once."""
+    return replace(
+        found,
+        left=found.left.float().cpu(),
+        right=found.right.float().cpu(),
+        singular_values=found.singular_values.cpu(),
+    )
+
+
+def _pairs(
+    modules: Sequence[LoraModule],
+    host: tuple[Checkpoint, dict[str, WeightMatch]],
+    unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
+) -> Iterator[_Pair]:
+    """Displacements in the order in which they lie on disk, the next one being read while one is used."""
+    checkpoint, matches = host
+    ordered = sorted(modules, key=lambda module: _place(checkpoint, matches[module.name].tensor))
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        following = [reader.submit(_read_pair, module, host, unaligned) for module in ordered[:1]]
+        for index in range(len(ordered)):
+            current = following.pop()
+            if index + 1 < len(ordered):
+                following.append(reader.submit(_read_pair, ordered[index + 1], host, unaligned))
+            yield current.result()
+
+
+def _place(checkpoint: Checkpoint, name: str) -> tuple[str, str]:
+    return checkpoint.tensors[name].file.name, name
+
+
+def _read_pair(
+    module: LoraModule,
+    host: tuple[Checkpoint, dict[str, WeightMatch]],
+    unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
+) -> _Pair:
+    weight, dtype = _read(module.name, *host)
+    other, other_dtype = _read(module.name, *unaligned)
+    displacement = weight - other
+    if not bool(torch.isfinite(displacement).all()):
+        raise HostError(f"the weight of '{printable(module.name)}' holds NaN or Inf in the host or the unaligned model")
+    precision = min(_PRECISION.get(dtype, 24), _PRECISION.get(other_dtype, 24))
+    return _Pair(
+        module.name,
+        displacement,
+        float(torch.linalg.vector_norm(weight)),
+        rounding_share(displacement, weight, precision),
+    )
+
+
+def _read(name: str, checkpoint: Checkpoint, matches: dict[str, WeightMatch]) -> tuple[Tensor, str]:
+    """A module's weight as (out, in) in float32, and its stored dtype."""
+    match = matches[name]
+    stored = checkpoint.tensors[match.tensor]
+    if stored.dtype not in _PRECISION:
+        raise HostError(
+            f"'{printable(match.tensor)}' of the {checkpoint.role} is stored as {printable(stored.dtype)}",
+            "The weights source reads float32, float16 and bfloat16 checkpoints.",
+        )
+    weight = checkpoint.read(match.tensor).float()
+    return (weight.mT if match.is_transposed else weight), stored.dtype
+
+
+def rounding_share(displacement: Tensor, weight: Tensor, precision: int) -> float:
+    """Share of ‖D‖² in entries no larger than one spacing of a dtype around the weight: it may be rounding alone.
+
+    Args:
+        displacement: D, (out, in).
+        weight: W, (out, in).
+        precision: bits of the dtype's significand, the hidden one included (bfloat16: 8).
+    """
+    _, exponent = torch.frexp(weight)
+    spacing = torch.ldexp(torch.ones_like(weight), exponent - precision)
+    squares = displacement.square()
+    total = float(squares.sum())
+    return float(squares.where(displacement.abs() <= spacing, 0.0).sum()) / total if total > 0 else 0.0

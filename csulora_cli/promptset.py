@@ -1,0 +1,165 @@
+"""Harmful and benign prompts, split three ways by category: directions, tuning, report.
+
+What gives the directions never chooses λ, and what does either is never reported on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from csulora_cli.errors import PromptsError
+from csulora_cli.files import read_bytes
+from csulora_cli.text import printable
+
+SPLITS = ("directions", "tuning", "report")
+MIN_PER_SPLIT = 4
+MAX_BYTES = 64 * 2**20
+_LABELS = ("harmful", "benign")
+# Out of every four categories (or prompts) of a file without splits, two give directions.
+_CYCLE = ("directions", "directions", "tuning", "report")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one split."""
+
+    harmful: tuple[str, ...]
+    benign: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A prompts file, split.
+
+    Attributes:
+        name: `built-in`, or the file's name.
+        sha256: of the file's bytes.
+        directions, tuning, report: the three splits; no prompt is in two of them.
+        categories: category names of each split, sorted (empty where the file has none).
+    """
+
+    name: str
+    sha256: str
+    directions: Prompts
+    tuning: Prompts
+    report: Prompts
+    categories: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    prompt: str
+    label: str
+    category: str | None
+    split: str | None
+
+
+def load_prompts(path: Path | None = None) -> PromptSet:
+    """Read a JSONL file of `{"prompt": …, "label": "harmful"|"benign"}`, or the built-in set.
+
+    `category` and `split` (directions, tuning, report) are optional. Without splits, whole categories are dealt out,
+    two of four to directions; without categories, the prompts themselves.
+
+    Raises:
+        PromptsError: unreadable, a malformed line, a prompt twice, or too few prompts of a label in a split.
+    """
+    if path is None:
+        data, name, shown = (
+            (files("csulora_cli") / "data" / "prompts.jsonl").read_bytes(),
+            "built-in",
+            "built-in prompts",
+        )
+    else:
+        data, name, shown = read_bytes(path, PromptsError, MAX_BYTES), path.name, printable(path)
+    lines = _parse(data, shown)
+    split_of = _deal(lines, shown)
+    splits = {split: _select(lines, split_of, split, shown) for split in SPLITS}
+    categories = {
+        split: sorted({line.category for line in lines if line.category and split_of[line.prompt] == split})
+        for split in SPLITS
+    }
+    digest = hashlib.sha256(data).hexdigest()
+    return PromptSet(name, digest, splits["directions"], splits["tuning"], splits["report"], categories)
+
+
+def _parse(data: bytes, shown: str) -> list[_Line]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise PromptsError(f"{shown} is not UTF-8 text") from None
+    lines: list[_Line] = []
+    seen: dict[str, int] = {}
+    for number, raw in enumerate(text.split("\n"), start=1):
+        if not raw.strip():
+            continue
+        line = _parse_line(raw, number, shown)
+        if line.prompt in seen:
+            raise PromptsError(f"{shown}, line {number}: the same prompt as in line {seen[line.prompt]}")
+        seen[line.prompt] = number
+        lines.append(line)
+    return lines
+
+
+def _parse_line(raw: str, number: int, shown: str) -> _Line:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise PromptsError(
+            f"{shown}, line {number} is not a JSON object", 'Each line: {"prompt": "…", "label": "harmful" or "benign"}'
+        )
+    prompt, label = value.get("prompt"), value.get("label")
+    category, split = value.get("category"), value.get("split")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise PromptsError(f"{shown}, line {number} has no prompt text")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PromptsError(f"{shown}, line {number}: the prompt holds half of a surrogate pair") from None
+    if label not in _LABELS:
+        raise PromptsError(f"{shown}, line {number}: label is {printable(label)}, not harmful or benign")
+    if split is not None and split not in SPLITS:
+        raise PromptsError(f"{shown}, line {number}: split is {printable(split)}, not one of {', '.join(SPLITS)}")
+    if category is not None and not isinstance(category, str):
+        raise PromptsError(f"{shown}, line {number}: category is not text")
+    return _Line(number, prompt.strip(), label, category, split)
+
+
+def _deal(lines: list[_Line], shown: str) -> dict[str, str]:
+    """The split of every prompt."""
+    given = [line for line in lines if line.split]
+    if given and len(given) == len(lines):
+        return {line.prompt: str(line.split) for line in lines}
+    if given:
+        raise PromptsError(
+            f"{shown}: {len(given)} of {len(lines)} prompts have a split", "Give every line one, or none of them."
+        )
+    both = set.intersection(*({line.category for line in lines if line.label == label} for label in _LABELS))
+    names = sorted(name for name in both if name)
+    if len(names) >= len(_CYCLE) and all(line.category in names for line in lines):
+        turn = {name: _CYCLE[index % len(_CYCLE)] for index, name in enumerate(names)}
+        return {line.prompt: turn[line.category or ""] for line in lines}
+    split_of = {}
+    for label in _LABELS:
+        for index, line in enumerate(line for line in lines if line.label == label):
+            split_of[line.prompt] = _CYCLE[index % len(_CYCLE)]
+    return split_of
+
+
+def _select(lines: Iterable[_Line], split_of: dict[str, str], split: str, shown: str) -> Prompts:
+    chosen = {
+        label: tuple(line.prompt for line in lines if line.label == label and split_of[line.prompt] == split)
+        for label in _LABELS
+    }
+    for label in _LABELS:
+        if len(chosen[label]) < MIN_PER_SPLIT:
+            raise PromptsError(
+                f"{shown}: {len(chosen[label])} {label} prompts for {split}, at least {MIN_PER_SPLIT} are needed",
+                f"Give at least {4 * MIN_PER_SPLIT} harmful and {4 * MIN_PER_SPLIT} benign prompts.",
+            )
+    return Prompts(chosen["harmful"], chosen["benign"])

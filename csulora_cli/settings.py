@@ -1,0 +1,255 @@
+"""Every setting of a repair, with its default, checked once. No torch in here: `--help` reads it."""
+
+import re
+import tomllib
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from csulora_cli.errors import UsageError
+from csulora_cli.text import printable
+
+
+class Source(StrEnum):
+    """Where the directions come from."""
+
+    PROMPTS = "prompts"
+    WEIGHTS = "weights"
+
+
+class Geometry(StrEnum):
+    """What the weights source does with the displacement's directions."""
+
+    KEEP_IN = "keep-in"
+    KEEP_OUT = "keep-out"
+
+
+class RankMode(StrEnum):
+    """What keep-in does with the rank, which its closed form doubles."""
+
+    KEEP = "keep"
+    EXACT = "exact"
+
+
+# Defaults that only one source reads. They are None in FixSettings, so that a setting that the chosen source would
+# ignore is noticed instead of forgotten.
+DEFAULT_PROTECT = 1.0
+DEFAULT_GEOMETRY = Geometry.KEEP_OUT
+DEFAULT_WEIGHTS_STRENGTH = 1.0
+DEFAULT_SUBSPACE_ENERGY = 0.9
+AUTO = "auto"
+
+DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class FixSettings:
+    """What `fix_adapter` is asked to do. Locations are local folders or Hub ids (`org/name`, `org/name@revision`).
+
+    Attributes:
+        adapter: the adapter to repair.
+        base: the host, the model that the adapter was trained on; None takes it from the adapter's config.
+        unaligned: the checkpoint that the host was aligned from; needed for the weights source.
+        out: the folder to write; None means `<adapter name>-csulora` in the current folder.
+        source: prompts or weights; None means weights if `unaligned` is given, else prompts.
+        prompts: a JSONL file of harmful and benign prompts; None takes the set that ships with csulora.
+        geometry: keep-in or keep-out, weights source (default keep-out).
+        strength: λ, or "auto"; None means auto for prompts, and `DEFAULT_WEIGHTS_STRENGTH` for weights.
+        protect: β, prompts source (default `DEFAULT_PROTECT`).
+        target: auto takes the smallest λ with KL(host ‖ repaired) <= target · KL(host ‖ adapter).
+        subspace_energy: τ, the share of ‖D‖² that the directions must hold, weights source (default 0.9).
+        subspace_rank: k, in the place of τ.
+        rank: keep the rank, or write the exact rank-2r update; keep-in only (default keep).
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: of the host's forward pass: auto, float32, bfloat16 or float16.
+        revision: of the adapter on the Hub.
+        trust_remote_code: let the host's own Python code run.
+        overwrite: replace an existing output folder that holds an adapter.
+
+    Raises:
+        UsageError: a value out of range, or one that the chosen source does not read.
+    """
+
+    adapter: str
+    base: str | None = None
+    unaligned: str | None = None
+    out: Path | None = None
+    source: Source | None = None
+    prompts: Path | None = None
+    geometry: Geometry | None = None
+    strength: float | str | None = None
+    protect: float | None = None
+    target: float = 0.05
+    subspace_energy: float | None = None
+    subspace_rank: int | None = None
+    rank: RankMode | None = None
+    device: str = AUTO
+    dtype: str = AUTO
+    revision: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise UsageError("no adapter given", "csulora fix ADAPTER --base MODEL")
+        self._check_sources()
+        if isinstance(self.strength, str) and self.strength != AUTO:
+            raise UsageError(f"--strength is {printable(self.strength)}, not a number or auto", "Try --strength auto.")
+        if isinstance(self.strength, (int, float)):
+            _check("--strength", self.strength, 0, MAX_STRENGTH)
+        if self.protect is not None:
+            _check("--protect", self.protect, 0, MAX_STRENGTH)
+        _check("--target", self.target, 0, 1)
+        if self.subspace_energy is not None:
+            _check("--subspace-energy", self.subspace_energy, 1e-6, 1)
+        if self.subspace_rank is not None and self.subspace_rank < 1:
+            raise UsageError(f"--subspace-rank is {self.subspace_rank}, not a whole number above 0")
+        if not DEVICES.fullmatch(self.device):
+            raise UsageError(f"--device is {printable(self.device)}", "Give auto, cpu, cuda, cuda:N or mps.")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype is {printable(self.dtype)}", f"Give one of {', '.join(DTYPES)}.")
+
+    def _check_sources(self) -> None:
+        if self.chosen_source is Source.WEIGHTS:
+            if self.unaligned is None:
+                raise UsageError("--source weights needs the unaligned checkpoint", "Add --unaligned MODEL.")
+            if self.protect is not None:
+                raise UsageError("--protect applies to the prompts source only", "Leave --protect or --unaligned out.")
+            if self.prompts is not None and not self.is_auto:
+                raise UsageError(
+                    "--prompts is not read by the weights source with a fixed strength", "Add --strength auto."
+                )
+        else:
+            only_weights = {
+                "--unaligned": self.unaligned,
+                "--geometry": self.geometry,
+                "--subspace-energy": self.subspace_energy,
+                "--subspace-rank": self.subspace_rank,
+                "--rank": self.rank,
+            }
+            for option, value in only_weights.items():
+                if value is not None:
+                    raise UsageError(
+                        f"{option} applies to the weights source only",
+                        "Add --unaligned MODEL and leave --source prompts out, or leave it out.",
+                    )
+        if self.rank is RankMode.EXACT and self.chosen_geometry is not Geometry.KEEP_IN:
+            raise UsageError("--rank exact applies to --geometry keep-in only: keep-out never changes the rank")
+        if self.subspace_energy is not None and self.subspace_rank is not None:
+            raise UsageError("--subspace-energy and --subspace-rank exclude each other", "Give one of them.")
+
+    @property
+    def chosen_source(self) -> Source:
+        """The source, also when it follows from `unaligned`."""
+        return self.source or (Source.WEIGHTS if self.unaligned else Source.PROMPTS)
+
+    @property
+    def chosen_geometry(self) -> Geometry:
+        """The geometry of the weights source."""
+        return self.geometry or DEFAULT_GEOMETRY
+
+    @property
+    def chosen_rank(self) -> RankMode:
+        """What keep-in does with the rank."""
+        return self.rank or RankMode.KEEP
+
+    @property
+    def chosen_protect(self) -> float:
+        """β of the prompts source."""
+        return DEFAULT_PROTECT if self.protect is None else self.protect
+
+    @property
+    def chosen_energy(self) -> float:
+        """τ of the weights source."""
+        return DEFAULT_SUBSPACE_ENERGY if self.subspace_energy is None else self.subspace_energy
+
+    @property
+    def is_auto(self) -> bool:
+        """True if λ is found by measuring."""
+        return self.strength == AUTO or (self.strength is None and self.chosen_source is Source.PROMPTS)
+
+    @property
+    def fixed_strength(self) -> float | None:
+        """λ if it is a number, None if it is found by measuring."""
+        if self.is_auto:
+            return None
+        return DEFAULT_WEIGHTS_STRENGTH if self.strength is None else float(self.strength)
+
+
+MAX_STRENGTH = 1e6
+
+
+def _check(option: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also false for NaN
+        raise UsageError(f"{option} is {printable(value, 20)}, outside {low:g} to {high:g}")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The `[fix]` table of a TOML file, as keyword arguments of `FixSettings`.
+
+    An empty string stands for "not given", since TOML has no null. Unknown keys and wrong types are errors.
+
+    Raises:
+        UsageError: no such file, not TOML, an unknown key or a value of the wrong type.
+    """
+    shown = printable(path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UsageError(f"cannot read --config {shown}: {printable(problem.strerror)}") from None
+    except ValueError as problem:
+        raise UsageError(f"--config {shown} is not TOML: {printable(problem)}") from None
+    if unknown := set(document) - {"fix"}:
+        raise UsageError(f"--config {shown} has unknown tables or keys: {printable(sorted(unknown))}", "Use [fix].")
+    table = document.get("fix", {})
+    if not isinstance(table, dict):
+        raise UsageError(f"fix in --config {shown} is not a table", "Start it with [fix].")
+    known = {field.name for field in fields(FixSettings)}
+    result = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UsageError(
+                f"--config {shown} has the unknown key {printable(key)}", f"Known keys: {', '.join(sorted(known))}."
+            )
+        if value != "":
+            result[name] = _typed(name, value, shown)
+    return result
+
+
+_ENUMS: dict[str, type[StrEnum]] = {"source": Source, "geometry": Geometry, "rank": RankMode}
+_NUMBERS = {"protect", "target", "subspace_energy"}
+_FLAGS = {"trust_remote_code", "overwrite"}
+
+
+def _typed(name: str, value: Any, shown: str) -> Any:
+    """One TOML value as the type of its field."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in _ENUMS:
+        kind = _ENUMS[name]
+        if value in list(kind):
+            return kind(value)
+        wanted = " or ".join(kind)
+    elif name in _FLAGS:
+        if isinstance(value, bool):
+            return value
+        wanted = "true or false"
+    elif name == "strength":
+        if is_number or value == AUTO:
+            return value
+        wanted = "a number or auto"
+    elif name in _NUMBERS:
+        if is_number:
+            return value
+        wanted = "a number"
+    elif name == "subspace_rank":
+        if type(value) is int:
+            return value
+        wanted = "a whole number"
+    else:
+        if isinstance(value, str):
+            return Path(value) if name in ("out", "prompts") else value
+        wanted = "text"
+    raise UsageError(f"{name} in --config {shown} is {printable(value)}, not {wanted}")

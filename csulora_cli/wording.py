@@ -1,0 +1,164 @@
+"""A report in words and tables, the same for the terminal and the model card. Plain text, no colour, no torch."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from csulora_cli.report import Behaviour, Count, FixReport, ModuleRecord
+from csulora_cli.text import number, printable
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column is left-aligned, the others right-aligned."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def as_text(self) -> str:
+        """Columns padded with spaces, no line longer than it must be."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        out = []
+        for line in lines:
+            cells = [line[0].ljust(widths[0])] + [
+                cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
+            ]
+            out.append("  ".join(cells).rstrip())
+        return "\n".join(out)
+
+    def as_markdown(self) -> str:
+        """A Markdown table."""
+        bar = ["---"] + ["---:"] * (len(self.header) - 1)
+        return "\n".join("| " + " | ".join(line) + " |" for line in (self.header, tuple(bar), *self.rows))
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with as many digits as tell something."""
+    if share == 0 or share >= 0.0995:
+        return f"{100 * share:.0f}%"
+    return f"{100 * share:.1f}%" if share >= 0.0005 else "<0.1%"
+
+
+def strength_lines(report: FixReport) -> list[str]:
+    """λ and how it came about; each line fits beside a label."""
+    record = report.strength
+    value = f"λ = {number(record.value)}"
+    if record.adapter_kl is None or record.limit is None:
+        return [f"{value} (given)"]
+    if record.value == 0:
+        return [
+            f"{value}: nothing to repair, the adapter begins its answers to",
+            f"harmful prompts as the host does (KL {number(record.adapter_kl)})",
+        ]
+    of = f"{number(record.limit)} on harmful tuning prompts"
+    if record.is_reached:
+        return [f"{value}, the smallest of {len(record.path)} tried with", f"KL(host ‖ repaired) ≤ {of}"]
+    return [f"{value}, the largest; no value brought", f"KL(host ‖ repaired) down to {of}"]
+
+
+def verdict(report: FixReport) -> list[str]:
+    """What came out, in sentences; only what was measured."""
+    lines = []
+    if report.is_unchanged:
+        lines.append("Every tensor is written as it was read.")
+    lines += [f"Not reached: {gate}." for gate in report.failed_gates]
+    if not report.behaviour:
+        lines.append("No prompt was run: whether the repair restores refusals was not measured.")
+        return lines
+    adapter, repaired = report.behaviour["adapter"], report.behaviour["repaired"]
+    lines.append(
+        f"Harmful prompts refused: {_of(adapter.harmful_refused)} with the adapter, "
+        f"{_of(repaired.harmful_refused)} repaired (held-out prompts)."
+    )
+    return lines
+
+
+def _of(count: Count) -> str:
+    return f"{count.count} of {count.total}"
+
+
+def behaviour_table(report: FixReport) -> Table:
+    """Host, adapter and repaired on the report prompts."""
+    models = [report.behaviour[name] for name in ("host", "adapter", "repaired")]
+    rows: list[tuple[str, Callable[[Behaviour], str]]] = [
+        ("harmful prompts refused", lambda b: _share(b.harmful_refused)),
+        ("harmful prompts answered", lambda b: _share(b.harmful_answered)),
+        ("harmful, incoherent text", lambda b: _share(b.harmful_incoherent)),
+        ("benign prompts refused", lambda b: _share(b.benign_refused)),
+        ("KL to host, harmful", lambda b: number(b.harmful_kl_to_host)),
+        ("KL to host, benign", lambda b: number(b.benign_kl_to_host)),
+        ("KL to adapter, benign", lambda b: number(b.benign_kl_to_adapter)),
+    ]
+    return Table(
+        ("", "host", "adapter", "repaired"),
+        tuple((label, *(cell(model) for model in models)) for label, cell in rows),
+    )
+
+
+def _share(count: Count) -> str:
+    return f"{count.count}/{count.total} ({100 * count.low:.0f}-{100 * count.high:.0f}%)"
+
+
+def path_table(report: FixReport) -> Table:
+    """The λ that were tried."""
+    rows = tuple(
+        (
+            number(point.strength) + (" <" if point.strength == report.strength.value else ""),
+            number(point.harmful_kl),
+            number(point.benign_kl),
+            percent(point.removed),
+        )
+        for point in report.strength.path
+    )
+    return Table(("λ", "KL to host, harmful", "KL to adapter, benign", "removed"), rows)
+
+
+def module_table(report: FixReport) -> Table:
+    """Modules grouped by the last part of their name: energies before→after, share removed, rank, error."""
+    groups: dict[str, list[ModuleRecord]] = {}
+    for module in report.modules:
+        groups.setdefault(module.name.rsplit(".", 1)[-1], []).append(module)
+    energies = list(report.modules[0].before)
+    is_share = bool(report.modules[0].chance)
+    titles = [f"{name} %" if is_share else name for name in energies]
+    rows = [_module_row(printable(name, 20), members, energies) for name, members in groups.items()]
+    if len(groups) > 1:
+        rows.append(_module_row("all", list(report.modules), energies))
+    return Table(("modules", "n", *titles, "removed", "rank", "error"), tuple(rows))
+
+
+def _module_row(name: str, members: Sequence[ModuleRecord], energies: Iterable[str]) -> tuple[str, ...]:
+    cells = [name, str(len(members))]
+    for energy in energies:
+        before = _mean(members, [module.before[energy] for module in members])
+        after = _mean(members, [module.after[energy] for module in members])
+        if members[0].chance:
+            chance = _mean(members, [module.chance[energy] for module in members])
+            cells.append(f"{100 * before:.0f}→{100 * after:.0f} ({100 * chance:.0f})")
+        else:
+            cells.append(f"{before:.2f}→{after:.2f}")
+    ranks = sorted({module.rank for module in members})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+    error = max(max(module.storage_error, module.truncation_error or 0.0) for module in members)
+    removed = _mean(members, [module.removed for module in members])
+    return (*cells, percent(removed), rank, "0" if error == 0 else f"{error:.0e}".replace("e-0", "e-"))
+
+
+def _mean(members: Sequence[ModuleRecord], values: Sequence[float]) -> float:
+    """Mean over modules, weighted by the energy of their updates."""
+    total = sum(module.energy for module in members)
+    weighted = sum(module.energy * value for module, value in zip(members, values, strict=True))
+    return weighted / total if total > 0 else 0.0
+
+
+def legend(report: FixReport) -> list[str]:
+    """What the columns of the module table are."""
+    if report.settings["source"] == "prompts":
+        return [
+            "harmful, benign: ‖ΔC^½‖²/‖Δ‖² on those prompts, before→after (1: as on any input)",
+            "removed: ‖X−Δ‖²/‖Δ‖²   error: rounding to the stored dtype, ‖·‖/‖X‖",
+        ]
+    tail = ["removed: ‖X−Δ‖²/‖Δ‖²   error: truncation and rounding, ‖·‖/‖X‖"]
+    if report.settings["geometry"] == "keep-in":
+        return ["full, partial, off: parts of Δ by the displacement D, before→after", "(of a random update)", *tail]
+    return ["along D: the part of Δ that reads D's directions, before→after (random update)", *tail]

@@ -1,0 +1,232 @@
+"""Write an adapter folder, complete or not at all, from bytes that depend only on inputs and settings."""
+
+import contextlib
+import errno
+import glob
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from csulora_cli.engine.host import Factors
+from csulora_cli.errors import ResourceError, UsageError
+from csulora_cli.files import is_regular
+from csulora_cli.solver.lowrank import pad_rank
+from csulora_cli.text import printable
+
+REPORT_NAME = "csulora.json"
+CARD_NAME = "README.md"
+MAX_COPIED_BYTES = 64 * 2**20
+# What may go along from the source folder: what a tokenizer, a chat template or a licence consists of.
+COMPANIONS = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "*.model", "*.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md",
+)  # fmt: skip
+_RANK_MULTIPLE = 16
+_PID = re.compile(r"[0-9]{1,9}")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO)
+
+
+def check_output(out: Path, adapter: Path, overwrite: bool) -> None:
+    """Check early that the output folder can be written and nothing of value would be lost.
+
+    Raises:
+        UsageError: it exists and is not empty, is no adapter, or is (or holds, or lies in) the input.
+    """
+    shown = printable(out)
+    real, source = out.resolve(), adapter.resolve()
+    if real == source or real in source.parents or source in real.parents:
+        raise UsageError(f"--out {shown} overlaps the adapter {printable(adapter)}", "Give another folder as --out.")
+    if not out.exists():
+        if file := next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None):
+            raise UsageError(f"--out {shown} lies below {printable(file)}, which is not a folder")
+        return
+    if not out.is_dir():
+        raise UsageError(f"--out {shown} is not a folder", "Give another name as --out.")
+    names = {entry.name for entry in out.iterdir()}
+    if not names:
+        return
+    if not overwrite:
+        raise UsageError(
+            f"the output folder {shown} exists and is not empty", "Add --overwrite, or give another --out."
+        )
+    if REPORT_NAME not in names and CONFIG_NAME not in names:
+        raise UsageError(f"--overwrite would remove {shown}, which holds no adapter", "Give another folder as --out.")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written.
+    """
+    out = out.resolve()  # of a link, what it points to is replaced
+    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        staging.mkdir()
+        yield staging
+        for file in staging.iterdir():
+            _sync(file)
+        _sync(staging)
+        _replace(staging, out)
+        _sync(out.parent)
+    except OSError as problem:
+        if problem.errno not in DISK_ERRORS:
+            raise
+        raise ResourceError(
+            f"cannot write {printable(out)}: {printable(problem.strerror)}", "Free space or give another --out."
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Put the finished folder in place; a former one stays until then."""
+    former = out.parent / f".{out.name}.former-{os.getpid()}"
+    if out.exists() and any(out.iterdir()):
+        out.rename(former)
+    try:
+        staging.rename(out)
+    except BaseException:
+        if former.exists():
+            former.rename(out)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what a killed run left beside `out`; bring a former output back if the new one never arrived."""
+    for kind in ("former", "partial"):
+        for leftover in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
+            pid = leftover.name.rpartition("-")[2]
+            if not _PID.fullmatch(pid) or _is_alive(int(pid)):
+                continue
+            if kind == "former" and not out.exists():
+                leftover.rename(out)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return pid != os.getpid()
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot sync folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def stored_tensors(adapter: Adapter, factors: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors to write, in the stored dtypes, and the config that goes with them.
+
+    Where no rank changes, keys, shapes, dtypes and config are the input's, and a factor that did not change keeps its
+    bits. Where ranks change, the uniform layout: one rank for all modules, a multiple of 16, alpha equal to it, so that
+    the scale is 1 everywhere, and every module written.
+
+    Raises:
+        ResourceError: never; values that do not fit float16 are noticed by the check of what was written.
+    """
+    if all(factors[module.name].lora_a.shape == module.lora_a.shape for module in adapter.modules):
+        tensors = {}
+        for module in adapter.modules:
+            repaired = factors[module.name]
+            tensors[module.key_a] = repaired.lora_a.to(module.lora_a.dtype)
+            tensors[module.key_b] = repaired.lora_b.to(module.lora_b.dtype)
+        return tensors, dict(adapter.config)
+    widest = max(factors[module.name].lora_a.shape[0] for module in adapter.modules)
+    rank = -(-widest // _RANK_MULTIPLE) * _RANK_MULTIPLE
+    tensors = {}
+    for module in adapter.modules:
+        repaired = factors[module.name]
+        root = abs(repaired.scale) ** 0.5  # half of the scale into each factor
+        lora_b, lora_a = pad_rank(repaired.lora_b.double() * root, repaired.lora_a.double() * root, rank)
+        tensors[module.key_a] = lora_a.to(module.lora_a.dtype)
+        tensors[module.key_b] = (lora_b if repaired.scale >= 0 else -lora_b).to(module.lora_b.dtype)
+    changes = {
+        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "init_lora_weights": True,
+    }  # fmt: skip
+    return tensors, {**adapter.config, **changes}
+
+
+def written_scale(config: Mapping[str, Any], adapter: Adapter, name: str) -> float:
+    """The scale of a module as the written config gives it."""
+    if config.get("r") == adapter.config.get("r") and config == adapter.config:
+        return next(module.scale for module in adapter.modules if module.name == name)
+    return float(config["lora_alpha"]) / float(config["r"])
+
+
+def serialise(tensors: Mapping[str, Tensor]) -> bytes:
+    """Safetensors bytes with the metadata that the ecosystem writes; the same tensors give the same bytes."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in sorted(tensors.items())}
+    data: bytes = safetensors.torch.save(plain, metadata={"format": "pt"})
+    return data
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy the small files that belong to an adapter, byte for byte. Returns their names, sorted.
+
+    Links are followed only to where the Hub cache keeps its files.
+    """
+    copied = []
+    for path in sorted(source.resolve().iterdir()):
+        if not any(fnmatch(path.name, pattern) for pattern in COMPANIONS) or not is_regular(path):
+            continue
+        if path.name in (CARD_NAME, REPORT_NAME, CONFIG_NAME, WEIGHTS_NAME) or path.stat().st_size > MAX_COPIED_BYTES:
+            continue
+        if path.is_symlink() and not _is_cache_link(path):
+            continue
+        shutil.copyfile(path, target / path.name)
+        copied.append(path.name)
+    return copied
+
+
+def _is_cache_link(path: Path) -> bool:
+    """models--…/snapshots/<commit>/<file> -> models--…/blobs/<hash>."""
+    real = path.resolve()
+    return real.parent.name == "blobs" and path.parent.parent.parent.resolve() == real.parent.parent
+
+
+def cast_error(
+    modules: Sequence[Any], promised: Mapping[str, Factors], stored: Mapping[str, Factors]
+) -> dict[str, float]:
+    """‖X_stored − X‖ / ‖X‖ of every module (0 where X is 0)."""
+    from csulora_cli.solver.lowrank import squared_distance, squared_norm
+
+    errors = {}
+    for module in modules:
+        want, have = promised[module.name], stored[module.name]
+        norm = want.scale**2 * squared_norm(want.lora_b, want.lora_a)
+        gap = squared_distance(
+            want.scale * want.lora_b.double(), want.lora_a, have.scale * have.lora_b.double(), have.lora_a
+        )
+        errors[module.name] = (gap / norm) ** 0.5 if norm > 0 else gap**0.5
+    return errors
+
+
+def is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every value of every tensor is finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

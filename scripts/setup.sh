@@ -1,0 +1,36 @@
+# Sourced by scripts/demo and scripts/test: makes .venv with the CPU build of torch and csulora in it.
+# Environment: PYTHON names the Python to use (3.11 or later). A torch already in .venv is kept.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
+    if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 \
+      && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "csulora needs Python 3.11 or later; set PYTHON to one." >&2
+  return 1
+}
+
+install_torch() {
+  .venv/bin/python -c 'import torch' 2>/dev/null && return
+  local version=2.13.0
+  echo "installing torch $version, CPU build ..." >&2
+  # The plain package pulls several GB of CUDA libraries on Linux. Take a CPU build where pip knows one, else let uv
+  # find it.
+  if ! .venv/bin/python -m pip install --quiet "torch==$version+cpu" 2>/dev/null; then
+    .venv/bin/python -m pip install --quiet uv
+    .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend cpu "torch==$version"
+  fi
+}
+
+install() { # install EXTRAS
+  [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
+  install_torch
+  echo "installing csulora$1 ..." >&2
+  .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable ".$1"
+}

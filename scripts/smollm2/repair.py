@@ -1,0 +1,175 @@
+"""Repair the experiment's adapters with csulora's defaults and score everything on the evaluation prompts.
+
+    python scripts/smollm2/repair.py --work DIR            # after experiment.py; prints the tables of the README
+
+Each repair writes DIR/repaired/<adapter>-<method> and each score a line of DIR/scores.jsonl; what is there is not
+done again. The evaluation prompts (data/eval_*.jsonl) are used here and nowhere else: they give no direction, choose no
+λ and no default. The control is a uniform shrink c·Δ with the norm of what the prompts source left, so that it removes
+as much of the update without looking.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from chat import read_jsonl
+from experiment import RECIPES, load, score_task
+from score import Adapter, Bench, Share, load_adapter, mean_kl, score_attacks, score_refusals
+from tasks import DATA
+
+from csulora_cli import FixSettings, fix_adapter
+from csulora_cli.settings import Geometry
+
+METHODS: dict[str, dict[str, Any]] = {
+    "prompts": {},
+    "keep-out": {"geometry": Geometry.KEEP_OUT},
+    "keep-out auto": {"geometry": Geometry.KEEP_OUT, "strength": "auto"},
+    "keep-in": {"geometry": Geometry.KEEP_IN},
+    "keep-in auto": {"geometry": Geometry.KEEP_IN, "strength": "auto"},
+}
+LABELS = {
+    "host": "host, no adapter",
+    "adapter": "adapter as trained",
+    "prompts": "**prompts** (default)",
+    "keep-out": "weights, keep-out, fixed λ (no prompts)",
+    "keep-out auto": "weights, keep-out, auto",
+    "keep-in": "weights, keep-in, fixed λ (no prompts)",
+    "keep-in auto": "weights, keep-in, auto",
+    "shrink": "uniform shrink, norm as prompts",
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The evaluation prompts."""
+
+    seen: list[str]
+    unseen: list[str]
+    benign: list[str]
+
+
+def evaluation_prompts() -> Prompts:
+    harmful = read_jsonl(DATA / "eval_harmful.jsonl")
+    return Prompts(
+        [row["prompt"] for row in harmful if row["seen"]],
+        [row["prompt"] for row in harmful if not row["seen"]],
+        [row["prompt"] for row in read_jsonl(DATA / "eval_benign.jsonl")],
+    )
+
+
+def repair(work: Path, name: str, method: str) -> Path:
+    """Repair one adapter with one method, unless that is done."""
+    out = work / "repaired" / f"{name}-{method.replace(' ', '-')}"
+    if not (out / "csulora.json").exists():
+        settings: dict[str, Any] = dict(METHODS[method])
+        if method != "prompts":
+            settings["unaligned"] = str(work / "unaligned")
+        adapter, base = str(work / "adapters" / name), str(work / "host")
+        report = fix_adapter(FixSettings(adapter=adapter, base=base, out=out, **settings))
+        print(f"{name} {method}: λ = {report.strength.value:g}, {report.removed:.0%} removed", flush=True)
+    return out
+
+
+def shrink(adapter: Adapter, like: Adapter) -> Adapter:
+    """c·Δ with the norm of another update: A is scaled, B stays."""
+    factor = (squared_norm(like) / squared_norm(adapter)) ** 0.5
+    return Adapter(adapter.scale, {name: (a * factor, b) for name, (a, b) in adapter.factors.items()})
+
+
+def squared_norm(adapter: Adapter) -> float:
+    """Σ‖sBA‖² over all modules."""
+    pairs = adapter.factors.values()
+    return adapter.scale**2 * sum(float(((b.mT @ b).double() * (a @ a.mT).double()).sum()) for a, b in pairs)
+
+
+def score(bench: Bench, prompts: Prompts, host_log_probs: torch.Tensor, task: str) -> dict[str, Any]:
+    """All scores of the model as it stands. Counts, so that intervals can be made of them."""
+    harmful = [*prompts.seen, *prompts.unseen]
+    answers = bench.answers(harmful)
+    whole, seen, unseen = (score_attacks(part) for part in (answers, answers[: len(prompts.seen)],
+                                                            answers[len(prompts.seen):]))  # fmt: skip
+    shares = {
+        "asr": whole.attack_success,
+        "asr_seen": seen.attack_success,
+        "asr_unseen": unseen.attack_success,
+        "asr_qi": whole.attack_success_qi,
+        "asr_jailbreakbench": whole.attack_success_jailbreakbench,
+        "incoherent": whole.incoherent,
+        "benign_refused": score_refusals(bench.answers(prompts.benign)),
+        "task": score_task(bench, task),
+    }
+    kl = mean_kl(host_log_probs, bench.log_probs(harmful))
+    return {name: [share.count, share.total] for name, share in shares.items()} | {"kl": kl}
+
+
+def run(work: Path, names: list[str], methods: list[str]) -> None:
+    """Repair and score whatever is missing, then print one table an adapter."""
+    repaired = {(name, method): repair(work, name, method) for name in names for method in methods}
+    log = work / "scores.jsonl"
+    rows = {(row["adapter"], row["method"]): row for row in (read_jsonl(log) if log.exists() else [])}
+    bench = Bench(*load(work / "host"))
+    prompts = evaluation_prompts()
+    host_log_probs = bench.log_probs([*prompts.seen, *prompts.unseen])
+    for name in names:
+        adapter = load_adapter(work / "adapters" / name)
+        models: dict[str, Adapter | None] = {"host": None, "adapter": adapter}
+        models |= {method: load_adapter(repaired[name, method]) for method in methods}
+        models["shrink"] = shrink(adapter, models["prompts"] or adapter)
+        for method, model in models.items():
+            if (name, method) in rows:
+                continue
+            bench.apply(model)
+            kept = (squared_norm(model) / squared_norm(adapter)) ** 0.5 if model else 0.0
+            row = {"adapter": name, "method": method, "norm": kept, **details(repaired.get((name, method)))}
+            row |= score(bench, prompts, host_log_probs, RECIPES[name].task)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            rows[name, method] = row
+            print(f"scored {name} {method}", flush=True)
+        print(f"\n### {name}\n\n{table([rows[name, method] for method in models])}\n", flush=True)
+
+
+def details(folder: Path | None) -> dict[str, Any]:
+    """λ and what was removed, from csulora's own report."""
+    if folder is None:
+        return {}
+    report = json.loads((folder / "csulora.json").read_text(encoding="utf-8"))
+    return {"strength": report["strength"]["value"], "removed": report["totals"]["removed"]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table with 95 % Wilson intervals."""
+    head = "| repair | λ | attack success | seen / unseen categories | benign refused | task | KL to host |"
+    lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        shares = {key: Share(*value) for key, value in row.items() if isinstance(value, list)}
+        strength = (
+            f"{row['strength']:g}"
+            if "strength" in row
+            else f"c = {row['norm']:.2f}"
+            if row["method"] == "shrink"
+            else ""
+        )
+        lines.append(
+            f"| {LABELS[row['method']]} | {strength} | {shares['asr']} | {shares['asr_seen'].value:.2f} / "
+            f"{shares['asr_unseen'].value:.2f} | {shares['benign_refused']} | {shares['task']} | {row['kl']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="the folder that experiment.py filled")
+    parser.add_argument("--adapters", nargs="+", choices=list(RECIPES), default=["far", "chat"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    run(options.work, options.adapters, options.methods)
+
+
+if __name__ == "__main__":
+    main()

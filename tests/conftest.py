@@ -1,0 +1,123 @@
+"""Tiny random hosts with real tokenizers, and adapters that peft makes on them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small threads only wait for one another
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PROMPTS = Path(__file__).parent / "data" / "prompts.jsonl"
+
+
+def make_tokenizer(template: str | None = TEMPLATE) -> Any:
+    """A word tokenizer that knows the words of the built-in prompts well enough: unknown words hash to a few ids."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "User", "Assistant", ":", "?", ".", "'"]
+    words += "how do i make a the to of in for my without your an with and is can you write explain give me tell".split()
+    words += [f"w{index}" for index in range(64 - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", template: str | None = TEMPLATE) -> Path:
+    """A tiny random causal language model of some architecture, saved with its tokenizer."""
+    import transformers
+
+    torch.manual_seed(seed)
+    common = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if kind == "gpt2":
+        config: Any = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common)
+    else:
+        sizes = {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 128, **common,
+        }  # fmt: skip
+        tied = kind == "llama-tied"
+        name = {"llama": "LlamaConfig", "llama-tied": "LlamaConfig", "qwen2": "Qwen2Config"}[kind]
+        config = getattr(transformers, name)(tie_word_embeddings=tied, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start at constants: move them too
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size=shard)
+    make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def make_adapter(host: Path, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """An adapter that peft makes on a host, with random factors, saved by peft."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(host)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    wrapped = wrapped.to(dtype)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def write_prompts(path: Path, per_label: int = 16) -> Path:
+    """A small prompts file in words that the tiny tokenizer knows."""
+    lines = []
+    for index in range(per_label):
+        for label, word in (("harmful", "without"), ("benign", "with")):
+            text = f"how do i make w{index} {word} w{index + 3} in the w{(7 * index) % 23}"
+            lines.append(json.dumps({"prompt": text, "label": label}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`hosts("llama")` is the folder of a tiny host; each (kind, seed, …) is made once."""
+    made: dict[Any, Path] = {}
+
+    def get(kind: str, **options: Any) -> Path:
+        key = (kind, *sorted(options.items()))
+        if key not in made:
+            made[key] = make_host(kind, tmp_path_factory.mktemp("hosts") / kind, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prompts file."""
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, hosts: Callable[..., Path]) -> Callable[..., Path]:
+    """`adapters("llama", r=3)` is the folder of an adapter on that tiny host."""
+    made: dict[Any, Path] = {}
+
+    def get(kind: str = "llama", **options: Any) -> Path:
+        key = (kind, repr(sorted(options.items())))
+        if key not in made:
+            made[key] = make_adapter(hosts(kind), tmp_path_factory.mktemp("adapters") / "my-adapter", **options)
+        return made[key]
+
+    return get

@@ -1,0 +1,186 @@
+"""The promised updates, computed once more: dense, in float64, one prompt at a time, with nothing of csulora's engine.
+
+The factors and scales of an adapter come from peft, the inputs of its modules from a float64 host without any padding.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One adapted module: A (r, in), B (out, r), s as peft reads them, and whether the host stores (in, out)."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    is_conv1d: bool
+
+    @property
+    def update(self) -> Tensor:
+        """Δ = s·B·A, (out, in)."""
+        return self.scale * self.lora_b @ self.lora_a
+
+
+def load(host: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The host through transformers."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(host, dtype=dtype).eval()
+
+
+def with_adapter(host: Path, adapter: Path) -> Any:
+    """A PeftModel on a fresh host."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(load(host), str(adapter)).eval()
+
+
+def peft_modules(host: Path, adapter: Path) -> dict[str, Dense]:
+    """Every adapted module as peft sees it, by the name in the host."""
+    found = {}
+    for name, layer in with_adapter(host, adapter).base_model.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            found[name] = Dense(
+                layer.lora_A["default"].weight.detach().double(),
+                layer.lora_B["default"].weight.detach().double(),
+                float(layer.scaling["default"]),
+                type(layer.base_layer).__name__ == "Conv1D",
+            )
+    return found
+
+
+def merged_updates(host: Path, adapter: Path) -> dict[str, Tensor]:
+    """Merged weight − host weight of every adapted module, (out, in), in float64 from float32 weights."""
+    names = peft_modules(host, adapter)
+    before = load(host)
+    after = with_adapter(host, adapter).merge_and_unload()
+    updates = {}
+    for name, dense in names.items():
+        change = after.get_submodule(name).weight.double() - before.get_submodule(name).weight.double()
+        updates[name] = (change.mT if dense.is_conv1d else change).detach()
+    return updates
+
+
+def weights(host: Path, modules: Mapping[str, Dense]) -> dict[str, Tensor]:
+    """The host's weight of every adapted module as (out, in), float64."""
+    model = load(host)
+    found = {}
+    for name, dense in modules.items():
+        weight = model.get_submodule(name).weight.detach().double()
+        found[name] = weight.mT if dense.is_conv1d else weight
+    return found
+
+
+def direction_prompts(file: Path) -> dict[str, list[str]]:
+    """Two of every four prompts of each label: what gives directions where a file has neither splits nor categories."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    result = {}
+    for label in ("harmful", "benign"):
+        own = [line for line in lines if line["label"] == label]
+        if all("split" in line for line in own):
+            result[label] = [line["prompt"] for line in own if line["split"] == "directions"]
+        else:
+            result[label] = [line["prompt"] for index, line in enumerate(own) if index % 4 < 2]
+    return result
+
+
+def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of one user turn, from transformers."""
+    turn = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def inputs(host: Path, names: Sequence[str], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """What each module reads on these prompts, (in, N), float64: one forward pass a prompt, nothing padded."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(host)
+    model = load(host, torch.float64)
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    with _hooks(model, {name: seen[name].append for name in names}), torch.no_grad():
+        for prompt in prompts:
+            model(input_ids=torch.tensor([chat_ids(tokenizer, prompt)]))
+    return {name: torch.cat([entry[0] for entry in entries]).mT for name, entries in seen.items()}
+
+
+@contextmanager
+def _hooks(model: Any, takers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    def hook(take: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: take(args[0].clone())
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(take)) for name, take in takers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fade_on_prompts(
+    host: Path, modules: Mapping[str, Dense], file: Path, strength: float, protect: float
+) -> dict[str, Tensor]:
+    """X = Δ(I + βC_b)(I + βC_b + λC_h)⁻¹, dense."""
+    prompts = direction_prompts(file)
+    harmful = inputs(host, list(modules), prompts["harmful"])
+    benign = inputs(host, list(modules), prompts["benign"])
+    result = {}
+    for name, dense in modules.items():
+        eye = torch.eye(dense.lora_a.shape[1], dtype=torch.float64)
+        kept = eye + protect * _moment(benign[name])
+        result[name] = dense.update @ kept @ torch.linalg.inv(kept + strength * _moment(harmful[name]))
+    return result
+
+
+def _moment(tokens: Tensor) -> Tensor:
+    """HHᵀ scaled to trace `in`."""
+    return tokens @ tokens.mT * (tokens.shape[0] / tokens.square().sum())
+
+
+def leading(displacement: Tensor, energy: float, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ, V of the smallest k that holds the energy, or of k = rank."""
+    left, sigma, right = torch.linalg.svd(displacement, full_matrices=False)
+    held = sigma.square().cumsum(0) / sigma.square().sum()
+    kept = int((held < energy).sum()) + 1 if rank is None else min(rank, len(sigma))
+    return left[:, :kept], sigma[:kept], right[:kept].mT
+
+
+def keep_out(update: Tensor, displacement: Tensor, strength: float, energy: float, rank: int | None) -> Tensor:
+    """X = Δ(I + λC)⁻¹ with C = VΣ²Vᵀ·in/‖D‖²."""
+    _, sigma, right = leading(displacement, energy, rank)
+    features = update.shape[1]
+    penalty = right @ torch.diag(sigma.square()) @ right.mT * (features / displacement.square().sum())
+    return update @ torch.linalg.inv(torch.eye(features, dtype=torch.float64) + strength * penalty)
+
+
+def keep_in(update: Tensor, displacement: Tensor, strength: float, energy: float, rank: int | None) -> Tensor:
+    """X = F + R/(1+λρ_R) + O/(1+λρ_O), of any rank."""
+    left, _, right = leading(displacement, energy, rank)
+    on_left, on_right = left @ left.mT, right @ right.mT
+    full = on_left @ update @ on_right
+    partial = on_left @ update + update @ on_right - 2 * full
+    off = update - full - partial
+    total = update.square().sum()
+    return (
+        full
+        + partial / (1 + strength * partial.square().sum() / total)
+        + off / (1 + strength * off.square().sum() / total)
+    )
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    """The best approximation of a rank (Eckart-Young)."""
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, :rank] * sigma[:rank] @ right[:rank]
+
+
+def relative_gap(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖/‖wanted‖."""
+    return float((found.double() - wanted).norm() / wanted.norm())

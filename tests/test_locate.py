@@ -1,0 +1,59 @@
+"""Local locations: what is a folder here, and what can be nothing at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from csulora_cli.errors import InputError, UsageError
+from csulora_cli.locate import locate
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_folder_and_a_file_in_it_are_the_same_place() -> None:
+    os.makedirs("org/name")
+    Path("org/name/adapter_config.json").touch()
+    for given in ("org/name", "org/name/adapter_config.json"):
+        location = locate(given, ())
+        assert (location.given, location.folder, location.repo_id, location.commit) == (
+            given,
+            Path("org/name"),
+            None,
+            None,
+        )
+        assert location.name == location.label == "name"
+
+
+def test_the_current_folder_has_a_name(tmp_path: Path) -> None:
+    assert locate(".", ()).label == tmp_path.name
+
+
+def test_a_revision_of_a_local_folder_is_refused() -> None:
+    os.makedirs("here")
+    with pytest.raises(UsageError, match="--revision v1"):
+        locate("here", (), "v1")
+
+
+def test_two_revisions_are_refused() -> None:
+    with pytest.raises(UsageError, match="two revisions given: a and b"):
+        locate("org/name@a", (), "b")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "", " ",
+        "/no/such/folder", "./no", "~/no/such/folder", "~no-such-user/x", "a/b/c", "org/", "@main",
+        pytest.param("a" * 5000, id="long"),
+        "org/" + "a" * 300, "a\0b", "a\nb/c", "\x1b[31m", "https://huggingface.co/org/name", "a b", "org/na:me",
+    ],
+)  # fmt: skip
+def test_what_is_neither_a_folder_nor_an_id_is_refused(given: str) -> None:
+    with pytest.raises(InputError, match="is neither a folder nor a Hub id") as caught:
+        locate(given, ())
+    assert "\n" not in caught.value.message
+    assert "\x1b" not in caught.value.message

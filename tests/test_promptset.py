@@ -1,0 +1,230 @@
+"""The built-in prompts, and prompt files of users."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csulora_cli.errors import PromptsError
+from csulora_cli.promptset import MIN_PER_SPLIT, SPLITS, Prompts, PromptSet, _deal, _Line, load_prompts
+
+QUICK = settings(max_examples=50, deadline=None)
+
+
+def lines(per_label: int = 16, **extra: Any) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"{label} {index}", "label": label, **extra}
+        for index in range(per_label)
+        for label in ("harmful", "benign")
+    ]
+
+
+def write(tmp_path: Path, rows: list[Any]) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def refused(tmp_path: Path, rows: list[Any]) -> str:
+    with pytest.raises(PromptsError) as caught:
+        load_prompts(write(tmp_path, rows))
+    assert_well_formed(caught.value)
+    return caught.value.message
+
+
+def assert_well_formed(error: PromptsError) -> None:
+    assert error.exit_code == 4
+    assert "\n" not in error.message + error.hint
+    assert "\x1b" not in error.message + error.hint
+
+
+def split(found: PromptSet, name: str) -> Prompts:
+    prompts = getattr(found, name)
+    assert isinstance(prompts, Prompts)
+    return prompts
+
+
+def everything(found: PromptSet) -> list[str]:
+    return [prompt for name in SPLITS for prompt in (*split(found, name).harmful, *split(found, name).benign)]
+
+
+# The set that ships
+
+
+def test_the_built_in_set_is_broad() -> None:
+    found = load_prompts()
+    assert found.name == "built-in"
+    assert sum(len(split(found, name).harmful) for name in SPLITS) >= 128
+    assert sum(len(split(found, name).benign) for name in SPLITS) >= 128
+    assert sum(len(names) for names in found.categories.values()) >= 16
+
+
+def test_the_built_in_splits_share_no_category_and_no_prompt() -> None:
+    found = load_prompts()
+    categories = [name for split_name in SPLITS for name in found.categories[split_name]]
+    assert len(categories) == len(set(categories))
+    assert all(found.categories[name] for name in SPLITS)
+    prompts = [" ".join(prompt.casefold().split()) for prompt in everything(found)]
+    assert len(prompts) == len(set(prompts))
+
+
+def test_the_built_in_prompts_are_clean_text_in_both_labels_of_each_category() -> None:
+    from importlib.resources import files
+
+    text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert all(set(row) == {"prompt", "label", "category", "split"} for row in rows)
+    assert all(row["prompt"] == row["prompt"].strip() and row["prompt"].isprintable() for row in rows)
+    labels: dict[str, set[str]] = {}
+    for row in rows:
+        labels.setdefault(row["category"], set()).add(row["label"])
+    assert all(found == {"harmful", "benign"} for found in labels.values())
+
+
+# Files of users
+
+
+def test_a_file_with_prompts_and_labels_only(tmp_path: Path) -> None:
+    path = write(tmp_path, lines())
+    found = load_prompts(path)
+    assert (found.name, found.sha256) == ("prompts.jsonl", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert [len(split(found, name).harmful) for name in SPLITS] == [8, 4, 4]
+    assert [len(split(found, name).benign) for name in SPLITS] == [8, 4, 4]
+    assert sorted(everything(found)) == sorted(row["prompt"] for row in lines())
+    assert found.categories == {name: [] for name in SPLITS}
+
+
+def test_a_file_with_splits_is_taken_at_its_word(tmp_path: Path) -> None:
+    rows = [{**row, "split": SPLITS[index // 2 % 3]} for index, row in enumerate(lines(12))]
+    found = load_prompts(write(tmp_path, rows))
+    for name in SPLITS:
+        want = [row["prompt"] for row in rows if row["split"] == name and row["label"] == "harmful"]
+        assert list(split(found, name).harmful) == want
+
+
+def test_whole_categories_are_dealt_out(tmp_path: Path) -> None:
+    rows = [{**row, "category": f"c{index // 2 % 8}"} for index, row in enumerate(lines(32))]
+    found = load_prompts(write(tmp_path, rows))
+    assert found.categories == {"directions": ["c0", "c1", "c4", "c5"], "tuning": ["c2", "c6"], "report": ["c3", "c7"]}
+    where = {prompt: name for name in SPLITS for prompt in (*split(found, name).harmful, *split(found, name).benign)}
+    assert all(row["category"] in found.categories[where[row["prompt"]]] for row in rows)
+
+
+def test_too_few_categories_to_deal_out_deals_prompts(tmp_path: Path) -> None:
+    rows = [{**row, "category": f"c{index // 2 % 3}"} for index, row in enumerate(lines())]
+    assert len(load_prompts(write(tmp_path, rows)).directions.harmful) == 8
+
+
+def test_splits_on_some_lines_only_are_refused(tmp_path: Path) -> None:
+    # Dealing all of them out anew would put the user's report prompts into directions without a word.
+    rows = [{**row, "split": SPLITS[index // 2 % 3]} for index, row in enumerate(lines())]
+    del rows[5]["split"]
+    assert "split" in refused(tmp_path, rows)
+
+
+def test_blank_lines_bom_crlf_and_spaces_are_fine(tmp_path: Path) -> None:
+    rows = [json.dumps({**row, "prompt": f"  {row['prompt']} \t"}) for row in lines()]
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n  \r\n".join(rows).encode())
+    assert sorted(everything(load_prompts(path))) == sorted(row["prompt"] for row in lines())
+
+
+def test_line_separators_inside_a_prompt_do_not_end_its_line(tmp_path: Path) -> None:
+    rows = [*lines(), {"prompt": "one\u2028two\u0085three", "label": "benign"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert "one\u2028two\u0085three" in everything(load_prompts(path))
+
+
+def test_unknown_keys_of_a_line_are_ignored(tmp_path: Path) -> None:
+    assert len(everything(load_prompts(write(tmp_path, lines(source="x", id=3))))) == 32
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("{", "not a JSON object"),
+        ("[]", "not a JSON object"),
+        ('"text"', "not a JSON object"),
+        ("plain text", "not a JSON object"),
+        ("[" * 10**5, "not a JSON object"),
+        ('{"prompt": ' + "9" * 5000 + "}", "not a JSON object"),
+        ({"label": "benign"}, "no prompt text"),
+        ({"prompt": "", "label": "benign"}, "no prompt text"),
+        ({"prompt": " \n", "label": "benign"}, "no prompt text"),
+        ({"prompt": 3, "label": "benign"}, "no prompt text"),
+        ({"prompt": ["x"], "label": "benign"}, "no prompt text"),
+        ({"prompt": "x"}, "label is None"),
+        ({"prompt": "x", "label": "Harmful"}, "label is Harmful"),
+        ({"prompt": "x", "label": ["harmful"]}, "label is"),
+        ({"prompt": "x", "label": "a\n\x1b[31m"}, "label is a\\n\\x1b[31m"),
+        ({"prompt": "x", "label": "benign", "split": "train"}, "split is train"),
+        ({"prompt": "x", "label": "benign", "split": 1}, "split is 1"),
+        ({"prompt": "x", "label": "benign", "split": ""}, "split is"),
+        ({"prompt": "x", "label": "benign", "category": 3}, "category is not text"),
+        ({"prompt": "x", "label": "benign", "category": ["a"]}, "category is not text"),
+        ({"prompt": "harmful 0", "label": "harmful"}, "the same prompt as in line 1"),
+        ({"prompt": " benign 0 ", "label": "harmful"}, "the same prompt as in line 2"),
+        ('{"prompt": "half a \\ud800 surrogate", "label": "benign"}', "line 33"),  # no tokenizer can encode it
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, row: Any, complaint: str) -> None:
+    message = refused(tmp_path, [*lines(), row])
+    assert complaint in message
+    assert "line 33" in message
+
+
+@pytest.mark.parametrize("label", ["harmful", "benign"])
+def test_too_few_prompts_of_a_label_are_refused(tmp_path: Path, label: str) -> None:
+    rows = [row for row in lines() if row["label"] != label or int(row["prompt"].split()[1]) < 4 * MIN_PER_SPLIT - 1]
+    assert f"3 {label} prompts for report" in refused(tmp_path, rows)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    assert "0 harmful prompts" in refused(tmp_path, [])
+
+
+def test_a_split_without_prompts_is_refused(tmp_path: Path) -> None:
+    assert "0 harmful prompts for tuning" in refused(tmp_path, lines(split="directions"))
+
+
+@pytest.mark.timeout(30)
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
+    os.mkfifo(tmp_path / "pipe")
+    for name, complaint in (("missing\n", "missing\\n is missing"), ("latin", "not UTF-8"), ("pipe", "regular file")):
+        with pytest.raises(PromptsError) as caught:
+            load_prompts(tmp_path / name)
+        assert complaint in caught.value.message
+        assert_well_formed(caught.value)
+
+
+def test_a_file_of_absurd_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csulora_cli.promptset.MAX_BYTES", 2**20)
+    assert "larger than 1 MiB" in refused(tmp_path, ["x" * 2**20])
+
+
+CATEGORIES = st.none() | st.sampled_from([f"c{index}" for index in range(6)])
+
+
+@QUICK
+@given(st.lists(st.tuples(st.sampled_from(["harmful", "benign"]), CATEGORIES), max_size=60))
+def test_dealing_puts_each_prompt_into_one_split_and_never_tears_a_category(
+    kinds: list[tuple[str, str | None]],
+) -> None:
+    rows = [_Line(index, f"p{index}", label, category, None) for index, (label, category) in enumerate(kinds)]
+    split_of = _deal(rows)
+    assert set(split_of) == {row.prompt for row in rows}
+    assert set(split_of.values()) <= set(SPLITS)
+    shared = {row.category for row in rows if row.label == "harmful"} & {
+        row.category for row in rows if row.label == "benign"
+    }
+    if len(shared) >= 4 and None not in shared and all(row.category in shared for row in rows):
+        assert all(len({split_of[row.prompt] for row in rows if row.category == name}) == 1 for name in shared)

@@ -1,0 +1,86 @@
+"""The search for the smallest strength, against a linear scan."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csulora_cli.engine.strength import PATH, PathPoint, Search, smallest_strength
+
+QUICK = settings(max_examples=50, deadline=None)
+
+
+def search(curve: list[float], limit: float) -> tuple[Search, list[float]]:
+    """Search with a KL for every λ of the path; also the λ that were tried, in order."""
+    tried: list[float] = []
+
+    def try_strength(strength: float) -> PathPoint:
+        tried.append(strength)
+        return PathPoint(strength, curve[PATH.index(strength)], 0.0, 0.0)
+
+    return smallest_strength(try_strength, limit), tried
+
+
+CURVES = st.lists(st.floats(0, 10), min_size=len(PATH), max_size=len(PATH)).map(lambda kl: sorted(kl, reverse=True))
+
+
+@QUICK
+@given(CURVES, st.floats(0, 10))
+def test_bisection_finds_what_a_linear_scan_finds(curve: list[float], limit: float) -> None:
+    found, _ = search(curve, limit)
+    good = [strength for strength, kl in zip(PATH, curve, strict=True) if kl <= limit]
+    assert found.is_reached == bool(good)
+    assert found.chosen.strength == (good[0] if good else PATH[-1])
+    assert found.chosen.harmful_kl == curve[PATH.index(found.chosen.strength)]
+    assert found.limit == limit
+
+
+@QUICK
+@given(st.lists(st.floats(0, 10) | st.just(math.inf), min_size=len(PATH), max_size=len(PATH)), st.floats(0, 10))
+def test_on_a_noisy_curve_the_chosen_point_still_meets_the_limit(curve: list[float], limit: float) -> None:
+    found, _ = search(curve, limit)
+    assert found.is_reached == (found.chosen.harmful_kl <= limit)
+
+
+@QUICK
+@given(CURVES, st.floats(0, 10))
+def test_each_strength_is_tried_once_and_few_are(curve: list[float], limit: float) -> None:
+    found, tried = search(curve, limit)
+    assert len(set(tried)) == len(tried) <= math.ceil(math.log2(len(PATH) + 1)) + 1
+    assert [point.strength for point in found.points] == sorted(tried)
+    assert found.chosen in found.points
+
+
+@pytest.mark.parametrize("place", range(len(PATH)))
+def test_every_point_of_the_path_can_be_the_answer(place: int) -> None:
+    found, _ = search([1.0] * place + [0.0] * (len(PATH) - place), 0.5)
+    assert found.is_reached
+    assert found.chosen.strength == PATH[place]
+
+
+def test_a_limit_that_no_strength_meets_gives_the_strongest() -> None:
+    found, _ = search([1.0] * len(PATH), 0.5)
+    assert not found.is_reached
+    assert found.chosen.strength == PATH[-1]
+
+
+def test_a_limit_that_all_meet_gives_the_weakest() -> None:
+    found, _ = search([0.1] * len(PATH), 0.5)
+    assert found.is_reached
+    assert found.chosen.strength == PATH[0]
+
+
+def test_exactly_at_the_limit_is_met() -> None:
+    assert search([0.5] * len(PATH), 0.5)[0].is_reached
+
+
+def test_a_kl_that_is_not_a_number_never_meets_the_limit() -> None:
+    assert not search([math.nan] * len(PATH), 1e9)[0].is_reached
+
+
+def test_the_path_rises_by_half_octaves() -> None:
+    assert all(after / before == pytest.approx(2**0.5, rel=0.01) for before, after in pairwise(PATH))
+    assert PATH[0] < 0.01
+    assert PATH[-1] > 1000
