@@ -17,6 +17,7 @@ _DIRECTIONS = "Where the directions come from"
 _STRENGTH = "How strong"
 _OUTPUT = "Output"
 _MACHINE = "Machine and models"
+_VERIFIED = "Verified from the written file: in no module is the objective above where it was."
 VLLM_MAX_RANK = 16  # what vLLM accepts without --max-lora-rank
 
 
@@ -208,11 +209,10 @@ def show(report: FixReport, settings: FixSettings) -> None:
             "no λ;\n  95% intervals; KL of the first answer token, nats"
         )
     console.out()
-    for line in wording.verdict(report):
+    for line in [*wording.verdict(report), _VERIFIED]:
         console.out(textwrap.fill(line, 80, break_long_words=False, break_on_hyphens=False))
-    console.out("Verified from the written file: in no module is the objective above where it was.")
     console.out()
-    folder = shlex.quote(printable(report.out, 1000))
+    folder = _word(report.out)
     console.out(f"wrote     {folder}")
     console.out(f"next      {_next_command(report, settings, folder)}")
 
@@ -240,10 +240,15 @@ def _source_line(report: FixReport) -> str:
 
 
 def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:
-    base = shlex.quote(printable(settings.base or report.inputs["host"].name, 1000))
+    base = _word(settings.base or report.inputs["host"].name)
     if not report.behaviour:  # nothing was measured yet
-        adapter, unaligned = shlex.quote(settings.adapter), shlex.quote(settings.unaligned or "")
+        adapter, unaligned = _word(settings.adapter), _word(settings.unaligned or "")
         return f"csulora fix {adapter} --base {base} --unaligned {unaligned} --strength auto --overwrite"
     rank = max(module.rank for module in report.modules)
     ranks = f" --max-lora-rank {rank}" if rank > VLLM_MAX_RANK else ""
     return f"vllm serve {base} --enable-lora{ranks} --lora-modules repaired={folder}"
+
+
+def _word(text: str) -> str:
+    """One argument of a shell command, fit to print."""
+    return shlex.quote(printable(text, 1000))

@@ -14,6 +14,7 @@ from csulora_cli.version import __version__
 EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_READER_GONE = 141
 
 app = typer.Typer(
     name="csulora",
@@ -48,7 +49,16 @@ def root(
 def main() -> NoReturn:
     """Run the command line and exit."""
     signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(_run())
+    if not sys.stdout.isatty():  # GITHUB_ACTIONS would make typer colour the help also on a pipe
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has gone: point stdout elsewhere, so that closing it does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_READER_GONE
+    sys.exit(code)
 
 
 def _terminated(_number: int, _frame: Any) -> None:
@@ -59,8 +69,13 @@ def _run() -> int:
     wants_json = "--json" in sys.argv
     try:
         code = app(standalone_mode=False)
-        sys.stdout.flush()
+        if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer swallows it, and exits with 1
+            raise stop.__context__ from None
+        raise
     except CsuloraError as error:
         return _failed(error.message, error.hint, error.exit_code, wants_json)
     except _CommandLineError as error:
@@ -71,9 +86,7 @@ def _run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _failed("interrupted; nothing was written", "", EXIT_INTERRUPTED, wants_json)
     except BrokenPipeError:
-        # The reader of our output has gone: point stdout elsewhere, so that closing it does not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise
     except Exception as error:
         if os.environ.get("CSULORA_TRACEBACK"):
             raise
