@@ -23,7 +23,16 @@ from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
 from csulora_cli.errors import AdapterError, HostError, InputError, ResourceError, UsageError, VerificationError
 from csulora_cli.files import parse_json_object, read_bytes, sha256_of
-from csulora_cli.locate import ADAPTER_FILES, CODE_FILES, MODEL_FILES, Location, locate
+from csulora_cli.locate import (
+    ADAPTER_FILES,
+    CODE_FILES,
+    MODEL_FILES,
+    RUN_FILES,
+    Location,
+    files_matching,
+    locate,
+    public_name,
+)
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
 from csulora_cli.report import FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
 from csulora_cli.settings import FixSettings, Source
@@ -146,7 +155,7 @@ class _Fix:
         host = locate(self.settings.base, files)
         if named is not None and named not in (self.settings.base, host.repo_id) and Path(named).name != host.name:
             self.progress.warn(
-                f"the adapter names {printable(named)} as its base; going on with {printable(host.given)}"
+                f"the adapter names {printable(public_name(named))} as its base; going on with {printable(host.label)}"
             )
         return host
 
@@ -380,6 +389,10 @@ class _Fix:
         for role, location in (("host", self.host_at), ("unaligned", self.unaligned_at)):
             if location is not None:
                 files = [location.folder / MODEL_CONFIG_NAME, *weight_files(location.folder, role)]
+                if role == "host" and self.host is not None:
+                    files += files_matching(location.folder, RUN_FILES)
+                    if self.settings.trust_remote_code:
+                        files += files_matching(location.folder, CODE_FILES)
                 digests = {file.name: sha256_of(file) for file in files if file.exists()}
                 inputs[role] = InputRecord(location.label, location.commit, digests)
         if self.prompts is not None:

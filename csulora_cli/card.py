@@ -5,7 +5,7 @@ import re
 
 from csulora_cli import wording
 from csulora_cli.adapter import Adapter
-from csulora_cli.locate import Location
+from csulora_cli.locate import Location, looks_like_hub_id
 from csulora_cli.report import FixReport
 from csulora_cli.text import printable
 
@@ -52,14 +52,10 @@ def _settings_table(report: FixReport) -> wording.Table:
 
 def _front_matter(adapter: Adapter, host: Location) -> str:
     lines = ["---"]
-    base = host.repo_id or (adapter.base if adapter.base and _looks_like_hub_id(adapter.base) else None)
+    base = host.repo_id or (adapter.base if adapter.base and looks_like_hub_id(adapter.base) else None)
     if base:
         lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
     return "\n".join([*lines, "library_name: peft", "tags:", "- csulora", "- lora", "---"])
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", name, re.ASCII) is not None
 
 
 def _plain_text(lines: list[str]) -> str:

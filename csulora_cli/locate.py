@@ -6,14 +6,22 @@ A local path wins over a Hub id. huggingface_hub does the cache, the token, offl
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PureWindowsPath
 
 from csulora_cli.errors import HubError, InputError, UsageError
+from csulora_cli.files import is_regular
 from csulora_cli.text import printable
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "*.json", "*.jinja", "*.model", "*.txt")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 CODE_FILES = ("*.py",)
+TOKENIZER_FILES = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "*.model", "*.jinja", "chat_template.json",
+)  # fmt: skip
+# What shapes the prompts and the answers of a model, beside its config and its weights.
+RUN_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$|^[\w-]+$", re.ASCII)
 
 
@@ -42,6 +50,25 @@ class Location:
     def label(self) -> str:
         """What to write into files: the Hub id, or the folder's name (never a path of this machine)."""
         return self.repo_id or self.name
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name has the form org/name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", name, re.ASCII) is not None
+
+
+def public_name(name: str) -> str:
+    """A model's name as it may stand in files: a Hub id whole, of a path (also a Windows one) the last part."""
+    return name if looks_like_hub_id(name) else PureWindowsPath(name).name
+
+
+def files_matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The regular files directly in a folder whose names match one of the patterns, sorted."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if is_regular(path) and any(fnmatch(path.name, pattern) for pattern in patterns)
+    ]
 
 
 def locate(given: str, files: Sequence[str], revision: str | None = None) -> Location:

@@ -20,6 +20,7 @@ from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from csulora_cli.engine.host import Factors
 from csulora_cli.errors import ResourceError, UsageError
 from csulora_cli.files import is_regular
+from csulora_cli.locate import RUN_FILES
 from csulora_cli.solver.lowrank import pad_rank
 from csulora_cli.text import printable
 
@@ -28,9 +29,8 @@ CARD_NAME = "README.md"
 MAX_COPIED_BYTES = 64 * 2**20
 # What may go along from the source folder: what a tokenizer, a chat template or a licence consists of.
 COMPANIONS = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "*.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md",
+    *RUN_FILES, "preprocessor_config.json", "processor_config.json",
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md",
 )  # fmt: skip
 _RANK_MULTIPLE = 16
 _PID = re.compile(r"[0-9]{1,9}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from csulora_cli.errors import InputError, UsageError
-from csulora_cli.locate import locate
+from csulora_cli.locate import locate, public_name
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +57,19 @@ def test_what_is_neither_a_folder_nor_an_id_is_refused(given: str) -> None:
         locate(given, ())
     assert "\n" not in caught.value.message
     assert "\x1b" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("org/name", "org/name"),
+        ("gpt2", "gpt2"),
+        ("/home/someone/models/name", "name"),
+        ("/home/someone/models/name/", "name"),
+        ("../models/name", "name"),
+        ("~/models/name", "name"),
+        ("C:\\Users\\someone\\name", "name"),
+    ],
+)
+def test_a_public_name_is_no_path(name: str, public: str) -> None:
+    assert public_name(name) == public
