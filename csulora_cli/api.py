@@ -280,6 +280,8 @@ class _Fix:
             self._write_adapter(staging, tensors, config)
             written = read_adapter(staging)
             stored = {module.name: Factors.of(module) for module in written.modules}
+            if set(stored) != {module.name for module in self.modules}:
+                raise VerificationError("the written file does not hold the modules of the adapter")
             records = self._verify(solution, stored, measure_effects(stored))
             behaviour = {}
             if self.host is not None and self.prompts is not None:
@@ -315,18 +317,16 @@ class _Fix:
         """Check the re-opened file against what was promised, module by module.
 
         Raises:
-            VerificationError: a module is missing, or its objective is above the one at Δ by more than rounding.
+            VerificationError: an objective is above the one at Δ by more than rounding.
         """
         self.progress.stage("verify")
-        if set(stored) != {module.name for module in self.modules}:
-            raise VerificationError("the written file does not hold the modules of the adapter")
         errors = writer.cast_error(self.modules, solution.factors, stored)
         records = []
         for module, effect in zip(self.modules, found, strict=True):
             # At the minimum a rounding of relative size e adds e² to each of the objective's terms.
             weight = 1 + solution.strength.value + (self.settings.chosen_protect if self.host is not None else 0)
             slack = 1e-9 + 4 * weight * (errors[module.name] + solution.truncation_error.get(module.name, 0.0)) ** 2
-            if effect.objective_after > effect.objective_before * (1 + 1e-6) + slack:
+            if not effect.objective_after <= effect.objective_before * (1 + 1e-6) + slack:  # also for NaN
                 raise VerificationError(
                     f"module '{printable(module.name)}' came out worse than it went in: objective "
                     f"{effect.objective_after:.6g} above {effect.objective_before:.6g}",
