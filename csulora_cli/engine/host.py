@@ -19,6 +19,7 @@ PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
 BATCH_TOKENS = 1024
 # Templates that print today's date would give other bytes every day.
 _FIXED_DATE = datetime(2025, 1, 1, tzinfo=UTC)
+_DATE_CODES = "%a %A %b %B %c %d %-d %D %e %F %H %I %j %m %-m %M %p %S %T %u %w %x %X %y %Y %Z %z".split()
 
 
 @contextmanager
@@ -98,7 +99,6 @@ class Host:
                 add_generation_prompt=True,
                 tokenize=False,
                 date_string=_FIXED_DATE.strftime("%d %b %Y"),
-                strftime_now=_FIXED_DATE.strftime,
             )
             # The template writes its own special tokens, BOS included.
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -153,17 +153,11 @@ class Host:
             shift = width - batch.mask.sum(1)  # generation wants the padding on the left
             columns = (torch.arange(width, device=self.device)[None] - shift[:, None]) % width
             ids, mask = batch.ids.gather(1, columns), batch.mask.gather(1, columns)
-            # Only the stop tokens of the host's own generation settings are used: nothing of them may sample.
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,
                 pad_token_id=self._pad_id(),
             )
             for index, row in enumerate(batch.rows):
@@ -260,7 +254,31 @@ def load_host(location: Location, device: torch.device, dtype: str, trust_remote
         if "trust_remote_code" in str(problem):
             hint = "It brings its own code: read it, then add --trust-remote-code."
         raise HostError(f"cannot load the host {printable(location.given)}: {printable(problem)}", hint) from None
-    return Host(model.to(device).eval(), tokenizer, device, bool(getattr(tokenizer, "chat_template", None)))
+    tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
+    model.generation_config = _stops_only(model.generation_config)
+    return Host(model.to(device).eval(), tokenizer, device, bool(tokenizer.chat_template))
+
+
+def _dateless(template: Any) -> Any:
+    """A chat template (or several by name) in which `strftime_now` gives a fixed date.
+
+    A macro does it: transformers hands no callable on to a template.
+    """
+    if isinstance(template, dict):
+        return {name: _dateless(text) for name, text in template.items()}
+    if not template or "strftime_now" not in template:
+        return template
+    replaced = "".join(f" | replace('{code}', '{_FIXED_DATE.strftime(code)}')" for code in _DATE_CODES)
+    # The plus keeps a line break that the template begins with.
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro +%}}{template}"
+
+
+def _stops_only(theirs: Any) -> Any:
+    """Generation settings with nothing but the special tokens of the host's own: no sampling, beams or penalties."""
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(theirs, name, None) for name in names})
 
 
 def _choose_dtype(name: str, stored: Any, device: torch.device) -> torch.dtype:
