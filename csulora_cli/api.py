@@ -16,7 +16,15 @@ from csulora_cli.checkpoint import CONFIG_NAME as MODEL_CONFIG_NAME
 from csulora_cli.checkpoint import Checkpoint, WeightMatch, match_weights, weight_files
 from csulora_cli.engine import effects, strength
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
-from csulora_cli.engine.host import Factors, Host, check_modules, choose_device, load_host, solver_device
+from csulora_cli.engine.host import (
+    Factors,
+    Host,
+    check_modules,
+    choose_device,
+    is_out_of_memory,
+    load_host,
+    solver_device,
+)
 from csulora_cli.engine.inputs import Encoded
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath
@@ -82,18 +90,17 @@ def _resource_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise ResourceError("out of memory on the device", "Try --device cpu or --dtype bfloat16.") from None
-    except MemoryError:
-        raise ResourceError("out of memory", "Try --dtype bfloat16.") from None
     except OSError as problem:
         place = f" {printable(problem.filename)}" if problem.filename else ""
         message = f"the system refuses{place}: {printable(problem.strerror or problem)}"
         if problem.errno in writer.DISK_ERRORS:
             raise ResourceError(message, "Free space or give another --out.") from None
         raise InputError(message, "Check that the file exists and that you may read it.") from None
-    except RuntimeError as problem:
-        if "not enough memory" not in str(problem) and "alloc" not in str(problem):
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
             raise
-        raise ResourceError(f"out of memory: {printable(problem)}", "Try --dtype bfloat16.") from None
+        message = f"out of memory: {printable(problem)}" if str(problem) else "out of memory"
+        raise ResourceError(message, "Try --dtype bfloat16.") from None
 
 
 # Recomputes what every module's stored factors do; given to `_finish` by the source that was used.

@@ -123,6 +123,22 @@ def test_a_template_with_today_in_it_gives_a_fixed_text(with_tokenizer: Callable
     assert texts[0].startswith("<s>01 Jan 2025 01 Jan 2025 <s>")
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% set form = '%A, %-d %B %y %H:%M' %}{{ strftime_now(form) }}", "Wednesday, 1 January 25 00:00"),
+        ("\n{{ strftime_now('%Y') }}", "\n2025"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%F')[:7] }}{% endif %}", "2025-01"),
+        ("{% macro head() %}{{ strftime_now('%b') | upper }}{% endmacro %}{{ head() }}", "JAN"),
+    ],
+)
+def test_a_date_is_fixed_however_a_template_asks_for_it(
+    template: str, text: str, with_tokenizer: Callable[..., Path]
+) -> None:
+    host = opened(with_tokenizer("llama", bos=False, side="right", template=template))
+    assert host.tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == text
+
+
 # Running
 
 
@@ -175,6 +191,13 @@ def test_answers_are_greedy_whatever_the_host_generation_settings_say(
     plain = opened(hosts("llama"))
     token_lists = [plain.encode(prompt) for prompt in PROMPTS]
     assert opened(folder).answers(token_lists, 8) == loop_answers(plain, token_lists, 8)
+
+
+def test_nan_in_the_last_layer_is_a_host_error(hosts: Callable[..., Path]) -> None:
+    host = opened(hosts("llama"))
+    host.model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(HostError, match="NaN"):
+        host.first_token_log_probs([[1, 5]])
 
 
 def test_answers_stop_where_the_host_stops(hosts: Callable[..., Path]) -> None:

@@ -135,10 +135,16 @@ class Host:
         return out[torch.arange(len(ends), device=out.device), columns].float()  # type: ignore[no-any-return]
 
     def first_token_log_probs(self, token_lists: Sequence[Sequence[int]]) -> Tensor:
-        """log p(first answer token | prompt), (N, vocab), float32, on the CPU, in the order given."""
+        """log p(first answer token | prompt), (N, vocab), float32, on the CPU, in the order given.
+
+        Raises:
+            HostError: the model gives NaN.
+        """
         rows: list[Tensor] = [torch.empty(0)] * len(token_lists)
         for batch in self.batches(token_lists):
             log_probs = self.run(batch).log_softmax(-1).cpu()  # (B, vocab)
+            if bool(log_probs.isnan().any()):
+                raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
             for index, row in enumerate(batch.rows):
                 rows[row] = log_probs[index]
         return torch.stack(rows)
@@ -208,14 +214,28 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    is_there = {
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }.get(device.type, True)
-    if not is_there:
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # an index that no machine has
+        device = None
+    if device is None or not _is_there(device):
         raise UsageError(f"--device {name} is not available here", "Use --device auto or --device cpu.")
     return device
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return torch.backends.mps.is_available() if device.type == "mps" else True
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether an exception says that memory is used up; on the CPU torch raises a plain RuntimeError for it."""
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(problem, RuntimeError) and any(
+        words in str(problem) for words in ("not enough memory", "allocate memory")
+    )
 
 
 def solver_device(device: torch.device) -> torch.device:
@@ -247,9 +267,9 @@ def load_host(location: Location, device: torch.device, dtype: str, trust_remote
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=wanted, use_safetensors=True, **options
             )
-    except (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
-        raise
     except Exception as problem:  # transformers and the host's own code raise anything
+        if is_out_of_memory(problem):
+            raise
         hint = "Check that transformers can load it as a causal language model."
         if "trust_remote_code" in str(problem):
             hint = "It brings its own code: read it, then add --trust-remote-code."

@@ -4,6 +4,7 @@ Modules that read the same tensor (q, k and v; gate and up) form one group, foun
 groups of one chunk are collected at a time; a forward pass stops as soon as the chunk's last module has been reached.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from csulora_cli.engine.host import Batch, Host
+from csulora_cli.errors import HostError
 from csulora_cli.solver.attenuate import unit_trace_scale
+from csulora_cli.text import printable
 
 DEFAULT_BUDGET_BYTES = 3 * 2**30
 
@@ -159,6 +162,7 @@ class _Sum:
     """Adds up one group's inputs: their second moment, or the tokens side by side."""
 
     def __init__(self, group: InputGroup, keeps_tokens: bool, device: torch.device) -> None:
+        self.group = group
         self.features = group.features
         self.device = device
         self.squared_total = 0.0
@@ -174,6 +178,11 @@ class _Sum:
             self.columns.append(tokens.to(self.device, torch.float64))
 
     def scaled(self) -> Tensor:
+        if not math.isfinite(self.squared_total):
+            raise HostError(
+                f"the host gives NaN or infinite activations at '{printable(self.group.members[0])}'",
+                "Try --dtype float32.",
+            )
         scale = unit_trace_scale(self.features, self.squared_total)
         if self.columns is None:
             return self.moment * scale
