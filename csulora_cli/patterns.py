@@ -30,7 +30,9 @@ def value_for(pattern: Mapping[str, float], name: str, default: float, field: st
     """
     for key, value in pattern.items():
         if len(key) > MAX_KEY:
-            raise AdapterError(f"a key of {field} has {len(key)} characters", f"At most {MAX_KEY} are read.")
+            raise AdapterError(
+                f"{field} key '{printable(key, 80)}' has {len(key)} characters", f"At most {MAX_KEY} are read."
+            )
         try:
             if regex.match(rf"(.*\.)?({key})$", name, timeout=MATCH_SECONDS):
                 return value

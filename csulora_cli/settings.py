@@ -242,7 +242,7 @@ def _typed(name: str, value: Any, shown: str) -> Any:
         wanted = "a number or auto"
     elif name in _NUMBERS:
         if is_number:
-            return value
+            return float(value)
         wanted = "a number"
     elif name == "subspace_rank":
         if type(value) is int:
