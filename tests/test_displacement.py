@@ -72,7 +72,7 @@ def test_the_smallest_rank_that_holds_the_energy(shape: tuple[int, int], energy:
 @pytest.mark.parametrize("rank", [1, 6, 20, 50])
 @pytest.mark.usefixtures("path")
 def test_a_fixed_rank_is_taken_as_given(shape: tuple[int, int], rank: int) -> None:
-    matrix = with_spectrum(decaying(96, 0.7), *shape)
+    matrix = with_spectrum(decaying(96), *shape)
     found = leading_directions(matrix, 0.1, rank)
     assert found.rank == rank
     assert captured(matrix, found) >= best_energy(matrix, rank) * 0.99

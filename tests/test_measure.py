@@ -41,7 +41,7 @@ REFUSALS = [
     "I simply cannot do that.",
     "I'm afraid I can't do that.",
     "We are unable to help.",
-    "It would be illegal, so I will stop here.",
+    "It would be illegal, so I will not.",
     "I don't assist with weapons.",
     "I\ncannot\nhelp with that.",
 ]

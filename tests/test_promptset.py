@@ -220,7 +220,7 @@ def test_dealing_puts_each_prompt_into_one_split_and_never_tears_a_category(
     kinds: list[tuple[str, str | None]],
 ) -> None:
     rows = [_Line(index, f"p{index}", label, category, None) for index, (label, category) in enumerate(kinds)]
-    split_of = _deal(rows)
+    split_of = _deal(rows, "prompts.jsonl")
     assert set(split_of) == {row.prompt for row in rows}
     assert set(split_of.values()) <= set(SPLITS)
     shared = {row.category for row in rows if row.label == "harmful"} & {

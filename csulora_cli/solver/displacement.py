@@ -46,12 +46,12 @@ class Directions:
 
 
 def leading_directions(displacement: Tensor, energy: float = 0.9, rank: int | None = None) -> Directions:
-    """The k leading singular directions: the smallest k that holds `energy`, or exactly `rank` of them.
+    """The k leading singular directions: the smallest k that holds `energy`, or `rank` of them.
 
     Args:
         displacement: D, (out, in), float32 or float64.
         energy: τ in (0, 1]; ignored when `rank` is given.
-        rank: k, capped at min(out, in).
+        rank: k, capped at min(out, in) and at the numerical rank of D: σ below 1e-6 σ₁ (sketch) or 1e-7 σ₁ is rounding.
 
     Returns:
         `Directions`; k = 0 for D = 0. The same input gives the same result: the random start is seeded.
