@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -242,7 +243,8 @@ def _typed(name: str, value: Any, shown: str) -> Any:
         wanted = "a number or auto"
     elif name in _NUMBERS:
         if is_number:
-            return float(value)
+            with suppress(OverflowError):  # a whole number beyond all floats is no number that any setting takes
+                return float(value)
         wanted = "a number"
     elif name == "subspace_rank":
         if type(value) is int:
