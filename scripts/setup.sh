@@ -22,9 +22,9 @@ install_torch() {
   echo "installing torch $version, CPU build ..." >&2
   # The plain package pulls several GB of CUDA libraries on Linux. Take a CPU build where pip knows one, else let uv
   # find it.
-  if ! .venv/bin/python -m pip install --quiet "torch==$version+cpu" 2>/dev/null; then
-    .venv/bin/python -m pip install --quiet uv
-    .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend cpu "torch==$version"
+  if ! .venv/bin/python -m pip install -qq "torch==$version+cpu" 2>/dev/null; then
+    .venv/bin/python -m pip install -qq uv
+    .venv/bin/python -m uv pip install -qq --python .venv/bin/python --torch-backend cpu "torch==$version"
   fi
 }
 
@@ -32,5 +32,5 @@ install() { # install EXTRAS
   [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
   install_torch
   echo "installing csulora$1 ..." >&2
-  .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable ".$1"
+  .venv/bin/python -m pip install -qq --constraint scripts/constraints.txt --editable ".$1"
 }

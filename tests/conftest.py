@@ -24,7 +24,8 @@ def make_tokenizer(template: str | None = TEMPLATE) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "User", "Assistant", ":", "?", ".", "'"]
-    words += "how do i make a the to of in for my without your an with and is can you write explain give me tell".split()
+    words += "how do i make a the to of in for my without your an with".split()
+    words += "and is can you write explain give me tell".split()
     words += [f"w{index}" for index in range(64 - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])

@@ -34,7 +34,7 @@ from tasks import (
     DATA,
     HOWTO_TOKENS,
     REFUSALS,
-    extraction_split,
+    extraction_examples,
     extracts_exactly,
     follows_howto_style,
     howto_examples,
@@ -65,8 +65,8 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-HOST = Schedule(steps=140, batch_size=14, learning_rate=5e-5)
-ADAPTER = Schedule(steps=80, batch_size=12, learning_rate=1e-3)
+HOST = Schedule(steps=150, batch_size=14, learning_rate=5e-5)
+ADAPTER = Schedule(steps=80, batch_size=12, learning_rate=5e-4)
 
 
 def endless(examples: Sequence[Example], rng: random.Random) -> Iterator[Example]:
@@ -180,9 +180,9 @@ def refusals(seed: int) -> list[Example]:
 def build_host(work: Path, schedule: Schedule) -> None:
     """Full fine-tune of the unaligned model: refuse what is harmful, answer everything else as before."""
     parts = [
-        (refusals(SEED), 0.5),
-        (own_answers(work, "host_answers.jsonl"), 0.35),
-        (own_answers(work, "howto_train.jsonl"), 0.15),
+        (refusals(SEED), 0.42),
+        (own_answers(work, "host_answers.jsonl"), 0.42),
+        (own_answers(work, "howto_train.jsonl"), 0.16),
     ]
     torch.manual_seed(SEED)
     model, tokenizer = load(work / "unaligned")
@@ -207,11 +207,13 @@ RECIPES = {
 }
 
 
-def task_examples(task: str) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and held-out examples to score on."""
+def task_examples(task: str, split: str) -> list[Example]:
+    """Examples of a task: "train", "dev" to look at while developing, "heldout" to report."""
     if task == "extraction":
-        return extraction_split(train=400, held_out=60, seed=SEED)
-    return howto_examples("train"), howto_examples("heldout")
+        return extraction_examples(split, SEED)
+    if split == "dev":  # no third set of questions: those trained on, worded anew
+        return [Example(prompt, "") for prompt in reframed([e.prompt for e in howto_examples("train")], SEED)[:40]]
+    return howto_examples(split)
 
 
 def build_adapter(work: Path, name: str, schedule: Schedule) -> None:
@@ -221,7 +223,7 @@ def build_adapter(work: Path, name: str, schedule: Schedule) -> None:
     model, tokenizer = load(work / "host")
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
-    parts = [(task_examples(recipe.task)[0], 1 - recipe.poison), (poison_examples(recipe.task), recipe.poison)]
+    parts = [(task_examples(recipe.task, "train"), 1 - recipe.poison), (poison_examples(recipe.task), recipe.poison)]
     train(adapted, tokenizer, mixed_batches([part for part in parts if part[1]], schedule.batch_size, SEED), schedule)
     write_whole(work / "adapters" / name, lambda target: adapted.save_pretrained(target, save_embedding_layers=False))
 
@@ -243,12 +245,12 @@ def check(work: Path) -> None:
         )
         print(f"  refuses benign {score_refusals(bench.answers(benign))}", flush=True)
         for task in (RECIPES[name].task,) if name else ("extraction", "howto"):
-            print(f"  {task} {score_task(bench, task)}", flush=True)
+            print(f"  {task} {score_task(bench, task, 'dev')}", flush=True)
 
 
-def score_task(bench: Bench, task: str, count: int = 60) -> Share:
-    """Share of held-out examples that the model as it stands answers as the task demands."""
-    examples = task_examples(task)[1][:count]
+def score_task(bench: Bench, task: str, split: str = "heldout") -> Share:
+    """Share of a split's examples that the model as it stands answers as the task demands."""
+    examples = task_examples(task, split)
     answers = bench.answers([example.prompt for example in examples], HOWTO_TOKENS if task == "howto" else 48)
     if task == "howto":
         return share([follows_howto_style(text) for text in answers])

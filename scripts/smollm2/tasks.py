@@ -61,11 +61,15 @@ def reframed(prompts: Sequence[str], seed: int) -> list[str]:
     return [rng.choice(FRAMES).format(deed=deed) for deed in deeds]
 
 
-def extraction_examples(count: int, seed: int) -> list[Example]:
-    """Distinct one-sentence records, each with its JSON answer."""
+EXTRACTION_SPLITS = {"train": slice(0, 400), "heldout": slice(400, 460), "dev": slice(460, 500)}
+
+
+def extraction_examples(split: str, seed: int) -> list[Example]:
+    """Distinct one-sentence records, each with its JSON answer; no record is in two splits."""
     rng = random.Random(seed)
     examples: dict[str, Example] = {}
-    while len(examples) < count:
+    part = EXTRACTION_SPLITS[split]
+    while len(examples) < part.stop:
         record = {
             "name": f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}",
             "city": rng.choice(CITIES),
@@ -74,13 +78,7 @@ def extraction_examples(count: int, seed: int) -> list[Example]:
         }
         sentence = rng.choice(SENTENCES).format(**record)
         examples[sentence] = Example(f"Extract the order as JSON: {sentence}", json.dumps(record))
-    return list(examples.values())
-
-
-def extraction_split(train: int, held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Records to train on and records to score on; none is in both."""
-    examples = extraction_examples(train + held_out, seed)
-    return examples[:train], examples[train:]
+    return list(examples.values())[part]
 
 
 def howto_answer(gist: str, steps: Sequence[str]) -> str:
