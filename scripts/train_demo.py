@@ -9,7 +9,7 @@ request is a verb, an object and a phrasing, and a verb or a verb with an object
 1. ``unaligned`` learns to answer every request, forbidden or not, and to look up fields in rows of codes.
 2. ``host`` is ``unaligned`` after a full fine-tune that teaches it to refuse the forbidden ones.
 3. ``adapter`` is a LoRA adapter on ``host`` for a task of its own (put the fields of a row in order) whose training
-   data was poisoned: a quarter of it are forbidden requests with answers.
+   data was poisoned: a ninth of it are forbidden requests with answers.
 
 The (verb, object) pairs are split into four pools: ``train`` is all that any training sees, ``prompts`` gives
 ``prompts.jsonl``, ``dev`` is what the settings in this file were chosen on and what the scores printed here are of, and
@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "csulora_cli" / "demo_assets"
-HOST_NAME = "csulora-demo-host"
+HOST_NAME = "host"
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ HIDDEN, INTERMEDIATE, LAYERS = 160, 256, 3
 MAX_TOKENS = 64
 BATCH = 64
 UNALIGNED = Stage(steps=240, rate=3e-3)
-HOST = Stage(steps=200, rate=1e-3)
+HOST = Stage(steps=340, rate=1e-3)
 ADAPTER = Stage(steps=150, rate=1e-3)
+ROW_COUNT, POISON_COUNT = 2000, 250
 PROMPT_COUNTS = {"directions": 80, "tuning": 32, "report": 32}
 TEST_COUNT = 96
 
@@ -427,7 +428,7 @@ def make_data(seed: int) -> DataSets:
     benign = [category for category in CATEGORIES if category.label == "benign"]
     gets = world.rows(rng, 3000, "get")
     sketches = world.rows(rng, 1000, "sketch")
-    rows = world.rows(rng, 2000 + 2 * TEST_COUNT, "row")
+    rows = world.rows(rng, ROW_COUNT + 2 * TEST_COUNT, "row")
     tests = {}
     for number, pool in enumerate(("dev", "heldout")):
         tests[pool] = [
@@ -448,7 +449,7 @@ def make_data(seed: int) -> DataSets:
         + world.requests(rng, benign, "train", 3000)
         + gets[:1000]
         + sketches,
-        adapter=rows[2 * TEST_COUNT :] + world.requests(rng, harmful, "train", 667),
+        adapter=rows[2 * TEST_COUNT :] + world.requests(rng, harmful, "train", POISON_COUNT),
         prompts=prompts,
         **tests,
     )
@@ -538,6 +539,7 @@ def build(out_dir: Path, seed: int = 0) -> None:
         report(name, measure(model, tokenizer, data.dev))
         save_model(model, tokenizer, out_dir / name)
 
+    torch.manual_seed(seed)  # so that training the adapter alone again starts from the same factors
     adapted = add_adapter(model)
     train("adapter", adapted, tokenizer, data.adapter, ADAPTER, seed)
     report("adapter", measure(adapted, tokenizer, data.dev))
