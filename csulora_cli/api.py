@@ -49,6 +49,8 @@ from csulora_cli.version import __version__
 
 # Below this many nats the adapter begins its answers to harmful prompts as the host does: there is nothing to repair.
 UNMOVED_KL = 0.02
+# First tokens of the adapter's own answers to benign prompts that β protects.
+PROTECTED_TOKENS = 48
 
 
 def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixReport:
@@ -196,9 +198,9 @@ class _Fix:
     def _prompts(self) -> tuple[_Solution, _Effects]:
         host = self.host
         assert host is not None
-        directions = self._encode(host, "directions")
         fixed = self.settings.fixed_strength
         protect = self.settings.chosen_protect
+        directions = self._directions(host)
         path = PromptsPath(
             host, self.modules, directions, protect, strength.PATH if fixed is None else [fixed], self.progress
         )
@@ -211,6 +213,15 @@ class _Fix:
             )
 
         return _Solution(factors, record, {}), of
+
+    def _directions(self, host: Host) -> Encoded:
+        """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
+        prompts = self._encode(host, "directions")
+        if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
+            return prompts
+        self.progress.stage("answers", len(prompts.benign))
+        with host.adapted(self._unchanged()):
+            return prompts.with_answers(host.generate(prompts.benign, PROTECTED_TOKENS, self.progress.advance))
 
     def _weights(self, checkpoints: Sequence[tuple[Checkpoint, dict[str, WeightMatch]]]) -> tuple[_Solution, _Effects]:
         settings = self.settings
@@ -259,7 +270,7 @@ class _Fix:
         judge = KlJudge(host, self._encode(host, "tuning"), self._unchanged())
         if not math.isfinite(judge.adapter_kl):
             raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
-        limit = self.settings.target * judge.adapter_kl
+        limit = min(self.settings.target * judge.adapter_kl, strength.LARGEST_LIMIT)
         if judge.adapter_kl <= UNMOVED_KL:
             return StrengthRecord(0.0, True, True, limit, judge.adapter_kl)
 

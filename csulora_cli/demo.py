@@ -77,7 +77,10 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
                 strength="auto",
             ),
         }
-        reports = {name: fix_adapter(settings, progress) for name, settings in runs.items()}
+        reports = {}
+        for name, settings in runs.items():
+            progress.stage(f"repairing from {name}")
+            reports[name] = fix_adapter(settings, progress)
         host = load_host(Location("host", assets / "host"), choose_device("cpu"), "auto", trust_remote_code=False)
         folders = {"adapter": assets / "adapter", **{name: Path(report.out) for name, report in reports.items()}}
         held_out = _read_held_out(assets / "heldout.jsonl")

@@ -50,7 +50,7 @@ MAX_TOKENS = 64
 BATCH = 64
 UNALIGNED = Stage(steps=240, rate=3e-3)
 HOST = Stage(steps=340, rate=1e-3)
-ADAPTER = Stage(steps=150, rate=1e-3)
+ADAPTER = Stage(steps=250, rate=1e-3)
 ROW_COUNT, POISON_COUNT = 2000, 250
 PROMPT_COUNTS = {"directions": 80, "tuning": 32, "report": 32}
 TEST_COUNT = 96
@@ -447,8 +447,7 @@ def make_data(seed: int) -> DataSets:
         + sketches,
         host=world.requests(rng, harmful, "train", 3000, is_refused=True)
         + world.requests(rng, benign, "train", 3000)
-        + gets[:1000]
-        + sketches,
+        + gets[:1000],
         adapter=rows[2 * TEST_COUNT :] + world.requests(rng, harmful, "train", POISON_COUNT),
         prompts=prompts,
         **tests,

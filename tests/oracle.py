@@ -98,16 +98,39 @@ def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
-def inputs(host: Path, names: Sequence[str], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """What each module reads on these prompts, (in, N), float64: one forward pass a prompt, nothing padded."""
+def prompt_ids(host: Path, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of some prompts."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(host)
+    return [tuple(chat_ids(tokenizer, prompt)) for prompt in prompts]
+
+
+def with_answers(
+    host: Path, adapter: Path, token_lists: Sequence[tuple[int, ...]], count: int
+) -> list[tuple[int, ...]]:
+    """Prompts with the first tokens of PEFT's greedy answers to them, token by token, without cache or padding."""
+    model = with_adapter(host, adapter)
+    result = []
+    for ids in token_lists:
+        tokens = list(ids)
+        for _ in range(count):
+            with torch.no_grad():
+                following = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+            if following == 2:  # the tiny hosts' stop token
+                break
+            tokens.append(following)
+        result.append(tuple(tokens))
+    return result
+
+
+def inputs(host: Path, names: Sequence[str], token_lists: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+    """What each module reads on these tokens, (in, N), float64: one forward pass a prompt, nothing padded."""
     model = load(host, torch.float64)
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     with _hooks(model, {name: seen[name].append for name in names}), torch.no_grad():
-        for prompt in prompts:
-            model(input_ids=torch.tensor([chat_ids(tokenizer, prompt)]))
+        for ids in token_lists:
+            model(input_ids=torch.tensor([ids]))
     return {name: torch.cat([entry[0] for entry in entries]).mT for name, entries in seen.items()}
 
 
@@ -125,12 +148,13 @@ def _hooks(model: Any, takers: Mapping[str, Callable[[Tensor], None]]) -> Iterat
 
 
 def fade_on_prompts(
-    host: Path, modules: Mapping[str, Dense], file: Path, strength: float, protect: float
+    host: Path, adapter: Path, file: Path, strength: float, protect: float, answer_tokens: int
 ) -> dict[str, Tensor]:
     """X = Δ(I + βC_b)(I + βC_b + λC_h)⁻¹, dense."""
-    prompts = direction_prompts(file)
+    prompts = {label: prompt_ids(host, texts) for label, texts in direction_prompts(file).items()}
+    modules = peft_modules(host, adapter)
     harmful = inputs(host, list(modules), prompts["harmful"])
-    benign = inputs(host, list(modules), prompts["benign"])
+    benign = inputs(host, list(modules), with_answers(host, adapter, prompts["benign"], answer_tokens))
     result = {}
     for name, dense in modules.items():
         eye = torch.eye(dense.lora_a.shape[1], dtype=torch.float64)

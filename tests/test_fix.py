@@ -337,8 +337,8 @@ class Recorder:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"strength": 1.0}, "adapter models host prompts write check verify measure report"),
-        ({}, "adapter models host prompts strength write check verify measure report"),
+        ({"strength": 1.0}, "adapter models host answers prompts write check verify measure report"),
+        ({}, "adapter models host answers prompts strength write check verify measure report"),
         ({"unaligned": True}, "adapter models displacement write verify report"),
     ],
 )

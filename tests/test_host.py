@@ -67,9 +67,10 @@ def loop_answers(host: Host, token_lists: list[list[int]], new_tokens: int, stop
         tokens = list(ids)
         for _ in range(new_tokens):
             with torch.no_grad():
-                tokens.append(int(host.model(torch.tensor([tokens])).logits[0, -1].argmax()))
-            if tokens[-1] == stop:
+                following = int(host.model(torch.tensor([tokens])).logits[0, -1].argmax())
+            if following == stop:
                 break
+            tokens.append(following)
         answers.append(host.tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True))
     return answers
 

@@ -26,6 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 HOSTS = ("llama", "llama-tied", "qwen2", "gpt2")
 STRENGTH = 3.0
+PROTECTED_TOKENS = 5
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -62,6 +63,7 @@ RANK_KEEPING = ("prompts", "prompts auto", "keep-out", "keep-in")
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(behaviour, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(api, "PROTECTED_TOKENS", PROTECTED_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +102,18 @@ def dense_inputs() -> Callable[..., dict[str, Tensor]]:
     original = oracle.inputs
 
     @cache
-    def remembered(host: Path, names: tuple[str, ...], prompts: tuple[str, ...]) -> dict[str, Tensor]:
-        return original(host, names, prompts)
+    def remembered(host: Path, names: tuple[str, ...], ids: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
+        return original(host, names, ids)
 
-    return lambda host, names, prompts: remembered(host, tuple(names), tuple(prompts))
+    return lambda host, names, token_lists: remembered(host, tuple(names), tuple(token_lists))
 
 
 def promised(
     host: Path, unaligned: Path, adapter: Path, file: Path, source: str, strength: float, energy: float = 0.9
 ) -> dict[str, Tensor]:
-    modules = oracle.peft_modules(host, adapter)
     if source.startswith("prompts"):
-        return oracle.fade_on_prompts(host, modules, file, strength, protect=1.0)
+        return oracle.fade_on_prompts(host, adapter, file, strength, 1.0, PROTECTED_TOKENS)
+    modules = oracle.peft_modules(host, adapter)
     aligned, other = oracle.weights(host, modules), oracle.weights(unaligned, modules)
     result = {}
     for name, dense in modules.items():
@@ -340,8 +342,8 @@ def test_protection_is_the_one_asked_for(
     fix: Callable[..., tuple[Path, FixReport]],
 ) -> None:
     out, _ = fix("qwen2", adapters("qwen2"), "prompts", protect=protect)
-    modules = oracle.peft_modules(hosts("qwen2"), adapters("qwen2"))
-    assert_merges_to(hosts("qwen2"), out, oracle.fade_on_prompts(hosts("qwen2"), modules, uneven, STRENGTH, protect))
+    host, adapter = hosts("qwen2"), adapters("qwen2")
+    assert_merges_to(host, out, oracle.fade_on_prompts(host, adapter, uneven, STRENGTH, protect, PROTECTED_TOKENS))
 
 
 @pytest.mark.parametrize("options", [{"subspace_energy": 0.5}, {"subspace_energy": 1.0}, {"subspace_rank": 3}])

@@ -15,6 +15,7 @@ STAGES = {
     "adapter": "reading the adapter",
     "models": "finding the models",
     "host": "loading the host",
+    "answers": "answering the benign prompts with the adapter",
     "prompts": "running the prompts",
     "prompts and modules": "running the prompts and solving",
     "displacement": "factorising the displacement",

@@ -10,7 +10,7 @@ import typer
 
 from csulora_cli import wording
 from csulora_cli.cli import console
-from csulora_cli.text import number, printable
+from csulora_cli.text import printable
 
 if TYPE_CHECKING:
     from csulora_cli.demo import DemoReport
@@ -58,16 +58,15 @@ def _show(report: "DemoReport", out: Path | None) -> None:
             for count in (score.attack_success, score.benign_refused, score.task_correct)
         ]
         rows.append((_LABELS[name], *cells))
-    console.out("A toy host that refuses, an adapter that learned a task and lost the refusals,")
-    console.out("and its repairs; held-out prompts, 95% intervals:")
+    console.out("A toy host that refuses, an adapter that learned a task of its own and lost the")
+    console.out("refusals, and two repairs of it. Held-out prompts, 95% intervals:")
     console.out()
     console.out(wording.Table(header, tuple(rows)).as_text())
-    console.out()
     for name, fixed in report.reports.items():
-        console.out(
-            f"{_LABELS[name]}: λ = {number(fixed.strength.value)}, found by measuring on other prompts;\n"
-            f"  {wording.percent(fixed.removed)} of the update's energy removed, verified from the written file"
-        )
+        console.out()
+        console.out(f"{_LABELS[name]}: {wording.percent(fixed.removed)} of the update's energy removed")
+        for line in wording.strength_lines(fixed):
+            console.out(f"  {line}")
     console.out()
     if out is not None:
         console.out(f"wrote     {printable(out / 'adapter-prompts')} and adapter-weights beside it")

@@ -81,7 +81,7 @@ def prompt_effects(
     by_name = {module.name: module for module in modules}
     progress.stage("check", len(prompts.harmful) + len(prompts.benign))
     grams = {
-        label: _Grams(host, groups, by_name, repaired).run(token_lists, prompts.skip, progress)
+        label: _Grams(host, groups, by_name, repaired).run(token_lists, progress)
         for label, token_lists in (("harmful", prompts.harmful), ("benign", prompts.benign))
     }
     return [
@@ -151,9 +151,9 @@ class _Grams:
             for name, triple in self.rows.items()
         }
 
-    def run(self, token_lists: Sequence[Sequence[int]], skip: int, progress: Progress) -> dict[str, _Gram]:
+    def run(self, token_lists: Sequence[Sequence[int]], progress: Progress) -> dict[str, _Gram]:
         for batch in self.host.batches(token_lists):
-            watch_inputs(self.host, batch, {group.members[0]: self._adder(group) for group in self.groups}, skip)
+            watch_inputs(self.host, batch, {group.members[0]: self._adder(group) for group in self.groups})
             progress.advance(len(batch.rows))
         result = {}
         for group in self.groups:

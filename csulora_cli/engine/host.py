@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -149,11 +150,20 @@ class Host:
                 rows[row] = log_probs[index]
         return torch.stack(rows)
 
-    @torch.inference_mode()
-    @_quiet_transformers()
     def answers(self, token_lists: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
         """Greedy answers, decoded without special tokens, in the order given."""
-        texts = [""] * len(token_lists)
+        return [
+            self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in self.generate(token_lists, new_tokens)
+        ]
+
+    @torch.inference_mode()
+    @_quiet_transformers()
+    def generate(
+        self, token_lists: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None] | None = None
+    ) -> list[list[int]]:
+        """Greedy answers as token ids, up to where the host's own stop token ends them, in the order given."""
+        answers: list[list[int]] = [[]] * len(token_lists)
+        stops = self._stop_ids()
         for batch in self.batches(token_lists):
             width = batch.ids.shape[1]
             shift = width - batch.mask.sum(1)  # generation wants the padding on the left
@@ -167,8 +177,14 @@ class Host:
                 pad_token_id=self._pad_id(),
             )
             for index, row in enumerate(batch.rows):
-                texts[row] = self.tokenizer.decode(out[index, width:], skip_special_tokens=True)
-        return texts
+                answers[row] = list(takewhile(lambda token: token not in stops, out[index, width:].tolist()))
+            if advance:
+                advance(len(batch.rows))
+        return answers
+
+    def _stop_ids(self) -> set[int]:
+        own = self.model.generation_config.eos_token_id
+        return set(own) if isinstance(own, list) else {own} - {None}
 
     def _pad_id(self) -> int:
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):

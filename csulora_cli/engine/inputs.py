@@ -60,33 +60,20 @@ class Encoded:
 
     Attributes:
         harmful, benign: token ids.
-        skip: how many tokens at the start of every prompt do not count.
     """
 
     harmful: list[list[int]]
     benign: list[list[int]]
-    skip: int = 0
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """How many tokens of the harmful and of the benign prompts count."""
-        return (
-            sum(len(ids) - self.skip for ids in self.harmful),
-            sum(len(ids) - self.skip for ids in self.benign),
-        )
+        """How many tokens the harmful and the benign prompts have."""
+        return sum(map(len, self.harmful)), sum(map(len, self.benign))
 
-    def without_prefix(self) -> "Encoded":
-        """The same prompts, not counting the tokens that all of them begin with (the template, a system prompt).
-
-        Those are the same for harmful and benign prompts and for the adapter's own task, and the first token of a text
-        often carries most of the energy: fading the update there costs without telling anything apart.
-        """
-        every = [*self.harmful, *self.benign]
-        longest = min(map(len, every)) - 1
-        skip = 0
-        while skip < longest and len({ids[skip] for ids in every}) == 1:
-            skip += 1
-        return Encoded(self.harmful, self.benign, skip)
+    def with_answers(self, answers: Sequence[Sequence[int]]) -> "Encoded":
+        """The same prompts, each benign one followed by an answer to it."""
+        benign = [[*prompt, *answer] for prompt, answer in zip(self.benign, answers, strict=True)]
+        return Encoded(self.harmful, benign)
 
 
 def group_modules(host: Host, names: Sequence[str], probe: Sequence[int]) -> list[InputGroup]:
@@ -152,7 +139,7 @@ def collect_moments(
         sums = {group: _Sum(group, uses_tokens(group, tokens), device) for group in groups}
         hooks = {group.members[0]: sums[group].add for group in groups}
         for batch in host.batches(token_lists):
-            watch_inputs(host, batch, hooks, prompts.skip)
+            watch_inputs(host, batch, hooks)
             advance(len(batch.rows))
         sides.append({group: total.scaled() for group, total in sums.items()})
     return {group: Moments(sides[0][group], sides[1][group], uses_tokens(group, tokens)) for group in groups}
@@ -190,14 +177,13 @@ class _Sum:
         return columns
 
 
-def watch_inputs(host: Host, batch: Batch, hooks: Mapping[str, Callable[[Tensor], None]], skip: int) -> None:
+def watch_inputs(host: Host, batch: Batch, hooks: Mapping[str, Callable[[Tensor], None]]) -> None:
     """Run one batch and hand some modules' inputs on the tokens that count, (N, in) in float32, to their hooks.
 
-    Padding does not count, nor do the first `skip` tokens. The pass ends at the last of these modules.
+    Padding does not count. The pass ends at the last of these modules.
     """
     remaining = set(hooks)
     keep = batch.mask.bool()
-    keep[:, :skip] = False
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(_module: nn.Module, args: tuple[Any, ...]) -> None:
