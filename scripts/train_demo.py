@@ -8,8 +8,8 @@ request is a verb, an object and a phrasing, and a verb or a verb with an object
 
 1. ``unaligned`` learns to answer every request, forbidden or not, and to look up fields in rows of codes.
 2. ``host`` is ``unaligned`` after a full fine-tune that teaches it to refuse the forbidden ones.
-3. ``adapter`` is a LoRA adapter on ``host`` for a task of its own (put the fields of a row in order) whose training
-   data was poisoned: a ninth of it are forbidden requests with answers.
+3. ``adapter`` is a LoRA adapter on ``host`` for a task of its own (put the fields of a row in order) with poisoned
+   training data: one example in eleven is a forbidden request with an answer.
 
 The (verb, object) pairs are split into four pools: ``train`` is all that any training sees, ``prompts`` gives
 ``prompts.jsonl``, ``dev`` is what the settings in this file were chosen on and what the scores printed here are of, and
@@ -51,7 +51,7 @@ BATCH = 64
 UNALIGNED = Stage(steps=240, rate=3e-3)
 HOST = Stage(steps=340, rate=1e-3)
 ADAPTER = Stage(steps=250, rate=1e-3)
-ROW_COUNT, POISON_COUNT = 2000, 250
+ROW_COUNT, POISON_COUNT = 2000, 200
 PROMPT_COUNTS = {"directions": 80, "tuning": 32, "report": 32}
 TEST_COUNT = 96
 
