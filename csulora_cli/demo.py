@@ -5,10 +5,13 @@ prompts that neither gave directions nor chose λ, nor were trained on.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+
+import torch
 
 from csulora_cli.adapter import read_adapter
 from csulora_cli.api import fix_adapter
@@ -60,7 +63,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
         progress: receives stages, steps and warnings.
     """
     progress = progress or Silent()
-    with as_file(files("csulora_cli") / "demo_assets") as assets:
+    with _one_thread(), as_file(files("csulora_cli") / "demo_assets") as assets:
         common = {
             "adapter": str(assets / "adapter"),
             "base": str(assets / "host"),
@@ -90,6 +93,17 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
             factors = {module.name: Factors.of(module) for module in read_adapter(folder).modules}
             scores[name] = _score(host, factors, held_out, progress)
     return DemoReport(scores, reports)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads gain nothing on matrices this small, and on a busy machine waiting for each other takes minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _read_held_out(path: Path) -> _HeldOut:

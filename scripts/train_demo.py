@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the toy that ``csulora demo`` repairs: two tiny chat models, a poisoned LoRA adapter and prompts.
 
-    python scripts/train_demo.py [--out csulora_cli/demo_assets] [--seed 0] [--threads 1]
+    python scripts/train_demo.py [--out csulora_cli/demo_assets] [--seed 0]
 
 Everything comes from one seed and no download. The toy speaks a made-up language of a few hundred words in which a
 request is a verb, an object and a phrasing, and a verb or a verb with an object decides whether it is forbidden.
@@ -521,7 +521,8 @@ def report(name: str, scores: dict[str, float]) -> None:
 
 
 def build(out_dir: Path, seed: int = 0) -> None:
-    """Train everything and write it to ``out_dir``. Sets torch's seed and deterministic mode."""
+    """Train everything and write it to ``out_dir``. Sets torch's seed, deterministic mode and one thread."""
+    torch.set_num_threads(1)  # the order of sums, and with it every weight, depends on the number of threads
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     data = make_data(seed)
@@ -550,9 +551,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     started = time.perf_counter()
     build(args.out, args.seed)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
