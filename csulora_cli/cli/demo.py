@@ -68,6 +68,8 @@ def _show(report: "DemoReport", out: Path | None) -> None:
         for line in wording.strength_lines(fixed):
             console.out(f"  {line}")
     console.out()
+    console.out("These are toys: they show what csulora does, not how well it does on real ones.")
+    console.out()
     if out is not None:
         console.out(f"wrote     {printable(out / 'adapter-prompts')} and adapter-weights beside it")
     console.out("next      csulora fix ADAPTER --base MODEL   on an adapter of yours")
