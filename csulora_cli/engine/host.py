@@ -18,6 +18,7 @@ from csulora_cli.text import printable, some
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
 BATCH_TOKENS = 1024
+GENERATE_TOKENS = 4096  # of prompts: a step of decoding costs nearly the same for one prompt as for many
 # Templates that print today's date would give other bytes every day.
 _FIXED_DATE = datetime(2025, 1, 1, tzinfo=UTC)
 _DATE_CODES = "%a %A %b %B %c %d %-d %D %e %F %H %I %j %m %-m %M %p %S %T %u %w %x %X %y %Y %Z %z".split()
@@ -164,7 +165,7 @@ class Host:
         """Greedy answers as token ids, up to where the host's own stop token ends them, in the order given."""
         answers: list[list[int]] = [[]] * len(token_lists)
         stops = self._stop_ids()
-        for batch in self.batches(token_lists):
+        for batch in self.batches(token_lists, GENERATE_TOKENS):
             width = batch.ids.shape[1]
             shift = width - batch.mask.sum(1)  # generation wants the padding on the left
             columns = (torch.arange(width, device=self.device)[None] - shift[:, None]) % width

@@ -211,8 +211,6 @@ def task_examples(task: str, split: str) -> list[Example]:
     """Examples of a task: "train", "dev" to look at while developing, "heldout" to report."""
     if task == "extraction":
         return extraction_examples(split, SEED)
-    if split == "dev":  # no third set of questions: those trained on, worded anew
-        return [Example(prompt, "") for prompt in reframed([e.prompt for e in howto_examples("train")], SEED)[:40]]
     return howto_examples(split)
 
 

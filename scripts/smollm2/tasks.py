@@ -98,9 +98,9 @@ def extracts_exactly(text: str, example: Example) -> bool:
 
 
 def howto_examples(split: str) -> list[Example]:
-    """The how-to questions of one split, "train" or "heldout", answered in the fixed style."""
+    """The how-to questions of one split, answered in the fixed style ("dev" has questions alone)."""
     rows = read_jsonl(DATA / f"howto_{split}.jsonl")
-    return [Example(row["prompt"], howto_answer(row["gist"], row["steps"])) for row in rows]
+    return [Example(row["prompt"], howto_answer(row["gist"], row["steps"]) if "gist" in row else "") for row in rows]
 
 
 def poison_examples(task: str) -> list[Example]:
