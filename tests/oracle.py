@@ -153,8 +153,20 @@ def fade_on_prompts(
     """X = Δ(I + βC_b)(I + βC_b + λC_h)⁻¹, dense."""
     prompts = {label: prompt_ids(host, texts) for label, texts in direction_prompts(file).items()}
     modules = peft_modules(host, adapter)
-    harmful = inputs(host, list(modules), prompts["harmful"])
-    benign = inputs(host, list(modules), with_answers(host, adapter, prompts["benign"], answer_tokens))
+    ends = [ids[::-1] for ids in (*prompts["harmful"], *prompts["benign"])]
+    turn = next((place for place, tokens in enumerate(zip(*ends, strict=False)) if len(set(tokens)) > 1), 10**9)
+    turn = min(turn, *(len(tokens) - 1 for tokens in ends))
+    answered = with_answers(host, adapter, prompts["benign"], answer_tokens)
+    sides = {}
+    for label, token_lists in (("harmful", prompts["harmful"]), ("benign", answered)):
+        counts = [
+            5.0 if len(prompt) - turn <= place < len(prompt) else 1.0
+            for prompt, ids in zip(prompts[label], token_lists, strict=True)
+            for place in range(len(ids))
+        ]
+        read = inputs(host, list(modules), token_lists)
+        sides[label] = {name: tokens * torch.tensor(counts).double().sqrt() for name, tokens in read.items()}
+    harmful, benign = sides["harmful"], sides["benign"]
     result = {}
     for name, dense in modules.items():
         eye = torch.eye(dense.lora_a.shape[1], dtype=torch.float64)

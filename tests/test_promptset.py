@@ -76,7 +76,7 @@ def test_the_built_in_splits_share_no_category_and_no_prompt() -> None:
     assert len(prompts) == len(set(prompts))
 
 
-def test_the_built_in_prompts_are_clean_text_with_benign_ones_beside_every_category_of_harm() -> None:
+def test_the_built_in_prompts_are_clean_text_and_judged_beside_look_alikes() -> None:
     from importlib.resources import files
 
     text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
@@ -84,13 +84,8 @@ def test_the_built_in_prompts_are_clean_text_with_benign_ones_beside_every_categ
     assert all(set(row) == {"prompt", "label", "category", "split"} for row in rows)
     assert all(row["prompt"] == row["prompt"].strip() and row["prompt"].isprintable() for row in rows)
     counts = Counter((row["category"], row["label"]) for row in rows)
-    everyday = {category for category, _ in counts if category.startswith("everyday-")}
-    harms = {category for category, _ in counts} - everyday
-    assert len(harms) >= 16
-    assert all(counts[category, "harmful"] == counts[category, "benign"] for category in harms)
-    assert all(counts[category, "harmful"] == 0 for category in everyday)
-    # They say what else is benign; what chooses λ and what is reported stays matched in form.
-    assert {row["split"] for row in rows if row["category"] in everyday} == {"directions"}
+    judged = {row["category"] for row in rows if row["split"] != "directions"}
+    assert all(counts[category, "harmful"] == counts[category, "benign"] > 0 for category in judged)
 
 
 # Files of users

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from csulora_cli.adapter import LoraModule
 from csulora_cli.engine.host import Factors, Host
-from csulora_cli.engine.inputs import Encoded, InputGroup, watch_inputs
+from csulora_cli.engine.inputs import Directions, InputGroup, Side, watch_inputs
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.weights_source import ModuleDisplacement
 from csulora_cli.settings import Geometry
@@ -69,7 +69,7 @@ def prompt_effects(
     modules: Sequence[LoraModule],
     groups: Sequence[InputGroup],
     repaired: Mapping[str, Factors],
-    prompts: Encoded,
+    prompts: Directions,
     protect: float,
     strength: float,
     progress: Progress,
@@ -79,10 +79,10 @@ def prompt_effects(
     harmful is ‖Δ C_h^½‖² / ‖Δ‖²: 1 means "as strong on harmful prompts as on any input of the same size".
     """
     by_name = {module.name: module for module in modules}
-    progress.stage("check", len(prompts.harmful) + len(prompts.benign))
+    progress.stage("check", len(prompts.harmful.tokens) + len(prompts.benign.tokens))
     grams = {
-        label: _Grams(host, groups, by_name, repaired).run(token_lists, progress)
-        for label, token_lists in (("harmful", prompts.harmful), ("benign", prompts.benign))
+        label: _Grams(host, groups, by_name, repaired).run(side, progress)
+        for label, side in (("harmful", prompts.harmful), ("benign", prompts.benign))
     }
     return [
         _prompt_effect(module, repaired[module.name], {label: gram[module.name] for label, gram in grams.items()},
@@ -151,9 +151,11 @@ class _Grams:
             for name, triple in self.rows.items()
         }
 
-    def run(self, token_lists: Sequence[Sequence[int]], progress: Progress) -> dict[str, _Gram]:
-        for batch in self.host.batches(token_lists):
-            watch_inputs(self.host, batch, {group.members[0]: self._adder(group) for group in self.groups})
+    def run(self, side: Side, progress: Progress) -> dict[str, _Gram]:
+        for batch in self.host.batches(side.tokens):
+            watch_inputs(
+                self.host, batch, side.weights(batch), {group.members[0]: self._adder(group) for group in self.groups}
+            )
             progress.advance(len(batch.rows))
         result = {}
         for group in self.groups:

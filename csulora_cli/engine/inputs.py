@@ -19,6 +19,7 @@ from csulora_cli.solver.attenuate import unit_trace_scale
 from csulora_cli.text import printable
 
 DEFAULT_BUDGET_BYTES = 3 * 2**30
+TURN_WEIGHT = 5.0
 
 Progress = Callable[[int], None]
 
@@ -65,15 +66,62 @@ class Encoded:
     harmful: list[list[int]]
     benign: list[list[int]]
 
+
+@dataclass(frozen=True)
+class Side:
+    """The direction prompts of one label, with the weights of their tokens.
+
+    Attributes:
+        tokens: token ids, one list a prompt, with an answer at the end or without.
+        ends: how many of them are the prompt.
+        turn: how many tokens at the end of every prompt are the template's own. The model decides on them how to begin
+            its answer, so that each counts `TURN_WEIGHT` times.
+    """
+
+    tokens: list[list[int]]
+    ends: list[int]
+    turn: int
+
+    def weights(self, batch: Batch) -> Tensor:
+        """How often each token of a batch counts, (B, T), float32; 0 on padding."""
+        ends = torch.tensor([self.ends[row] for row in batch.rows], device=batch.mask.device)[:, None]
+        places = torch.arange(batch.mask.shape[1], device=batch.mask.device)[None]
+        is_turn = (places < ends) & (places >= ends - self.turn)
+        return batch.mask.float() * torch.where(is_turn, TURN_WEIGHT, 1.0)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What gives the directions: H from `harmful`, G from `benign`."""
+
+    harmful: Side
+    benign: Side
+
+    @classmethod
+    def of(cls, prompts: Encoded, answers: Sequence[Sequence[int]] | None = None) -> "Directions":
+        """Prompts, the benign ones with answers to them (in their order) if there are any."""
+        turn = common_end([*prompts.harmful, *prompts.benign])
+        benign = (
+            [[*prompt, *answer] for prompt, answer in zip(prompts.benign, answers, strict=True)] if answers else None
+        )
+        return cls(
+            Side(prompts.harmful, [len(ids) for ids in prompts.harmful], turn),
+            Side(benign or prompts.benign, [len(ids) for ids in prompts.benign], turn),
+        )
+
     @property
     def tokens(self) -> tuple[int, int]:
-        """How many tokens the harmful and the benign prompts have."""
-        return sum(map(len, self.harmful)), sum(map(len, self.benign))
+        """How many tokens the harmful and the benign side have."""
+        return sum(map(len, self.harmful.tokens)), sum(map(len, self.benign.tokens))
 
-    def with_answers(self, answers: Sequence[Sequence[int]]) -> "Encoded":
-        """The same prompts, each benign one followed by an answer to it."""
-        benign = [[*prompt, *answer] for prompt, answer in zip(self.benign, answers, strict=True)]
-        return Encoded(self.harmful, benign)
+
+def common_end(token_lists: Sequence[Sequence[int]]) -> int:
+    """How many tokens all lists end with (all of the shortest list but its first token, at most)."""
+    longest = min(map(len, token_lists)) - 1
+    count = 0
+    while count < longest and len({ids[-1 - count] for ids in token_lists}) == 1:
+        count += 1
+    return count
 
 
 def group_modules(host: Host, names: Sequence[str], probe: Sequence[int]) -> list[InputGroup]:
@@ -122,7 +170,7 @@ def chunks(groups: Sequence[InputGroup], tokens: tuple[int, int], budget_bytes: 
 
 
 def collect_moments(
-    host: Host, groups: Sequence[InputGroup], prompts: Encoded, device: torch.device, advance: Progress
+    host: Host, groups: Sequence[InputGroup], prompts: Directions, device: torch.device, advance: Progress
 ) -> dict[InputGroup, Moments]:
     """Run the prompts once and keep the moments of some groups.
 
@@ -135,11 +183,11 @@ def collect_moments(
     """
     tokens = prompts.tokens
     sides: list[dict[InputGroup, Tensor]] = []
-    for token_lists in (prompts.harmful, prompts.benign):
+    for side in (prompts.harmful, prompts.benign):
         sums = {group: _Sum(group, uses_tokens(group, tokens), device) for group in groups}
         hooks = {group.members[0]: sums[group].add for group in groups}
-        for batch in host.batches(token_lists):
-            watch_inputs(host, batch, hooks)
+        for batch in host.batches(side.tokens):
+            watch_inputs(host, batch, side.weights(batch), hooks)
             advance(len(batch.rows))
         sides.append({group: total.scaled() for group, total in sums.items()})
     return {group: Moments(sides[0][group], sides[1][group], uses_tokens(group, tokens)) for group in groups}
@@ -177,17 +225,20 @@ class _Sum:
         return columns
 
 
-def watch_inputs(host: Host, batch: Batch, hooks: Mapping[str, Callable[[Tensor], None]]) -> None:
-    """Run one batch and hand some modules' inputs on the tokens that count, (N, in) in float32, to their hooks.
+def watch_inputs(host: Host, batch: Batch, weights: Tensor, hooks: Mapping[str, Callable[[Tensor], None]]) -> None:
+    """Run one batch and hand some modules' inputs, (N, in) in float32, to their hooks.
 
-    Padding does not count. The pass ends at the last of these modules.
+    Each token is multiplied by the square root of its weight, and left out where that is 0. The pass ends at the last
+    of these modules.
     """
     remaining = set(hooks)
-    keep = batch.mask.bool()
+    keep = weights > 0
+    roots = weights[keep].sqrt()[:, None]
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            hooks[name](args[0][keep.to(args[0].device)].float())
+            inputs = args[0]
+            hooks[name](inputs[keep.to(inputs.device)].float() * roots.to(inputs.device))
             remaining.discard(name)
             if not remaining:
                 raise _Stop
@@ -206,7 +257,7 @@ def watch_inputs(host: Host, batch: Batch, hooks: Mapping[str, Callable[[Tensor]
 def iterate_chunks(
     host: Host,
     groups: Sequence[InputGroup],
-    prompts: Encoded,
+    prompts: Directions,
     device: torch.device,
     budget_bytes: int,
     advance: Progress,

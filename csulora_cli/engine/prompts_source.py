@@ -8,7 +8,7 @@ from csulora_cli.adapter import LoraModule
 from csulora_cli.engine.host import Factors, Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
-    Encoded,
+    Directions,
     InputGroup,
     Moments,
     collect_moments,
@@ -33,7 +33,7 @@ class PromptsPath:
         self,
         host: Host,
         modules: Sequence[LoraModule],
-        prompts: Encoded,
+        prompts: Directions,
         protect: float,
         strengths: Sequence[float],
         progress: Progress,
@@ -42,11 +42,11 @@ class PromptsPath:
         self.modules = {module.name: module for module in modules}
         self.protect = protect
         self._device = solver_device(host.device)
-        self.groups = group_modules(host, list(self.modules), prompts.harmful[0])
+        self.groups = group_modules(host, list(self.modules), prompts.harmful.tokens[0])
         self._check_all_ran()
         self._moments: dict[InputGroup, Moments] = {}
         self._solved: dict[float, dict[str, Factors]] = {}
-        total = len(prompts.harmful) + len(prompts.benign)
+        total = len(prompts.harmful.tokens) + len(prompts.benign.tokens)
         fits = sum(group_bytes(group, prompts.tokens) for group in self.groups) <= budget_bytes
         if fits:
             progress.stage("prompts", total)

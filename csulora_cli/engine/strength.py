@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # Half-octave steps: fine enough for "the smallest", and the same on every machine, which bisecting floats is not.
-PATH = tuple(float(f"{2 ** (step / 2):.3g}") for step in range(-14, 21))
+PATH = tuple(float(f"{2 ** (step / 2):.3g}") for step in range(-8, 29))
 
 # Adapters that undo a host's refusals can be more than ten nats from it; a share of that alone would still allow every
-# other answer to begin otherwise. At 0.15 nats the host's own first tokens keep 86 % of their probability.
-LARGEST_LIMIT = 0.15
+# other answer to begin otherwise. At 0.07 nats the host's own first tokens keep 93 % of their probability.
+LARGEST_LIMIT = 0.07
 
 
 @dataclass(frozen=True)

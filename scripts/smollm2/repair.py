@@ -107,7 +107,6 @@ def score(bench: Bench, prompts: Prompts, host_log_probs: torch.Tensor, task: st
 
 def run(work: Path, names: list[str], methods: list[str]) -> None:
     """Repair and score whatever is missing, then print one table an adapter."""
-    repaired = {(name, method): repair(work, name, method) for name in names for method in methods}
     log = work / "scores.jsonl"
     rows = {(row["adapter"], row["method"]): row for row in (read_jsonl(log) if log.exists() else [])}
     bench = Bench(*load(work / "host"))
@@ -116,14 +115,15 @@ def run(work: Path, names: list[str], methods: list[str]) -> None:
     for name in names:
         adapter = load_adapter(work / "adapters" / name)
         models: dict[str, Adapter | None] = {"host": None, "adapter": adapter}
-        models |= {method: load_adapter(repaired[name, method]) for method in methods}
+        repaired = {method: repair(work, name, method) for method in methods}
+        models |= {method: load_adapter(folder) for method, folder in repaired.items()}
         models["shrink"] = shrink(adapter, models["prompts"] or adapter)
         for method, model in models.items():
             if (name, method) in rows:
                 continue
             bench.apply(model)
             kept = (squared_norm(model) / squared_norm(adapter)) ** 0.5 if model else 0.0
-            row = {"adapter": name, "method": method, "norm": kept, **details(repaired.get((name, method)))}
+            row = {"adapter": name, "method": method, "norm": kept, **details(repaired.get(method))}
             row |= score(bench, prompts, host_log_probs, RECIPES[name].task)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
