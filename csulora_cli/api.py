@@ -270,7 +270,9 @@ class _Fix:
         judge = KlJudge(host, self._encode(host, "tuning"), self._unchanged())
         if not math.isfinite(judge.adapter_kl):
             raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
-        limit = min(self.settings.target * judge.adapter_kl, strength.LARGEST_LIMIT)
+        limit = self.settings.chosen_target * judge.adapter_kl
+        if self.settings.target is None:
+            limit = min(limit, strength.LARGEST_LIMIT)
         if judge.adapter_kl <= UNMOVED_KL:
             return StrengthRecord(0.0, True, True, limit, judge.adapter_kl)
 
@@ -427,7 +429,7 @@ class _Fix:
             used["subspace_energy"] = None if settings.subspace_rank else settings.chosen_energy
             used["subspace_rank"] = settings.subspace_rank
             used["rank"] = str(settings.chosen_rank)
-        used["target"] = settings.target if settings.is_auto else None
+        used["target"] = settings.chosen_target if settings.is_auto else None
         used["device"] = self.device.type
         if self.host is not None:
             used["dtype"] = str(self.host.model.dtype).removeprefix("torch.")

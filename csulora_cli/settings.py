@@ -36,6 +36,7 @@ class RankMode(StrEnum):
 # Defaults that only one source reads. They are None in FixSettings, so that a setting that the chosen source would
 # ignore is noticed instead of forgotten.
 DEFAULT_PROTECT = 1.0
+DEFAULT_TARGET = 0.05
 DEFAULT_GEOMETRY = Geometry.KEEP_OUT
 DEFAULT_WEIGHTS_STRENGTH = 1.0
 DEFAULT_SUBSPACE_ENERGY = 0.9
@@ -59,7 +60,8 @@ class FixSettings:
         geometry: keep-in or keep-out, weights source (default keep-out).
         strength: λ, or "auto"; None means auto for prompts, and `DEFAULT_WEIGHTS_STRENGTH` for weights.
         protect: β, prompts source (default `DEFAULT_PROTECT`).
-        target: auto takes the smallest λ with KL(host ‖ repaired) <= target · KL(host ‖ adapter).
+        target: auto takes the smallest λ with KL(host ‖ repaired) <= target · KL(host ‖ adapter); None means
+            `DEFAULT_TARGET`, and at most `strength.LARGEST_LIMIT` nats.
         subspace_energy: τ, the share of ‖D‖² that the directions must hold, weights source (default 0.9).
         subspace_rank: k, in the place of τ.
         rank: keep the rank, or write the exact rank-2r update; keep-in only (default keep).
@@ -82,7 +84,7 @@ class FixSettings:
     geometry: Geometry | None = None
     strength: float | str | None = None
     protect: float | None = None
-    target: float = 0.05
+    target: float | None = None
     subspace_energy: float | None = None
     subspace_rank: int | None = None
     rank: RankMode | None = None
@@ -102,7 +104,8 @@ class FixSettings:
             _check("--strength", self.strength, 0, MAX_STRENGTH)
         if self.protect is not None:
             _check("--protect", self.protect, 0, MAX_STRENGTH)
-        _check("--target", self.target, 0, 1)
+        if self.target is not None:
+            _check("--target", self.target, 0, 1)
         if self.subspace_energy is not None:
             _check("--subspace-energy", self.subspace_energy, 1e-6, 1)
         if self.subspace_rank is not None and self.subspace_rank < 1:
@@ -160,6 +163,11 @@ class FixSettings:
     def chosen_protect(self) -> float:
         """β of the prompts source."""
         return DEFAULT_PROTECT if self.protect is None else self.protect
+
+    @property
+    def chosen_target(self) -> float:
+        """The share of KL(host ‖ adapter) that auto may leave."""
+        return DEFAULT_TARGET if self.target is None else self.target
 
     @property
     def chosen_energy(self) -> float:
