@@ -280,10 +280,10 @@ class _Fix:
             factors = path.repaired(value)
             harmful_kl, benign_kl = judge.judge(factors)
             self.progress.advance()
-            return strength.PathPoint(value, harmful_kl, benign_kl, effects.removed_share(self.modules, factors))
+            return strength.PathPoint(value, harmful_kl, benign_kl, effects.moved_share(self.modules, factors))
 
         found = strength.smallest_strength(try_strength, limit)
-        points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.removed) for p in found.points)
+        points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.moved) for p in found.points)
         return StrengthRecord(found.chosen.strength, True, found.is_reached, limit, judge.adapter_kl, points)
 
     # Writing
@@ -361,7 +361,7 @@ class _Fix:
             name=module.name,
             rank=effect.rank,
             energy=update,
-            removed=effect.removed,
+            moved=effect.moved,
             before=effect.before,
             after=effect.after,
             chance=effect.chance,

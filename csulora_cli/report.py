@@ -57,7 +57,7 @@ class PathRecord:
     strength: float
     harmful_kl: float
     benign_kl: float
-    removed: float
+    moved: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ModuleRecord:
     name: str
     rank: int
     energy: float
-    removed: float
+    moved: float
     before: Mapping[str, float]
     after: Mapping[str, float]
     chance: Mapping[str, float]
@@ -135,10 +135,10 @@ class FixReport:
     warnings: Sequence[str] = ()
 
     @property
-    def removed(self) -> float:
+    def moved(self) -> float:
         """Σ‖X − Δ‖² / Σ‖Δ‖²."""
         total = sum(module.energy for module in self.modules)
-        return sum(module.energy * module.removed for module in self.modules) / total if total > 0 else 0.0
+        return sum(module.energy * module.moved for module in self.modules) / total if total > 0 else 0.0
 
     @property
     def storage_error(self) -> float:
@@ -175,7 +175,7 @@ class FixReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; floats rounded to six significant digits."""
         plain = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        plain["totals"] = {"removed": self.removed, "storage_error": self.storage_error}
+        plain["totals"] = {"moved": self.moved, "storage_error": self.storage_error}
         plain["failed_gates"] = self.failed_gates
         plain["exit_code"] = self.exit_code
         result: dict[str, Any] = _rounded(plain)

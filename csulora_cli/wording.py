@@ -106,15 +106,15 @@ def path_table(report: FixReport) -> Table:
             number(point.strength) + (" <" if point.strength == report.strength.value else ""),
             number(point.harmful_kl),
             number(point.benign_kl),
-            percent(point.removed),
+            percent(point.moved),
         )
         for point in report.strength.path
     )
-    return Table(("λ", "KL to host, harmful", "KL to adapter, benign", "removed"), rows)
+    return Table(("λ", "KL to host, harmful", "KL to adapter, benign", "moved"), rows)
 
 
 def module_table(report: FixReport) -> Table:
-    """Modules grouped by the last part of their name: energies before→after, share removed, rank, error."""
+    """Modules grouped by the last part of their name: energies before→after, distance moved, rank, error."""
     groups: dict[str, list[ModuleRecord]] = {}
     for module in report.modules:
         groups.setdefault(module.name.rsplit(".", 1)[-1], []).append(module)
@@ -124,7 +124,7 @@ def module_table(report: FixReport) -> Table:
     rows = [_module_row(printable(name, 20), members, energies) for name, members in groups.items()]
     if len(groups) > 1:
         rows.append(_module_row("all", list(report.modules), energies))
-    return Table(("modules", "n", *titles, "removed", "rank", "error"), tuple(rows))
+    return Table(("modules", "n", *titles, "moved", "rank", "error"), tuple(rows))
 
 
 def _module_row(name: str, members: Sequence[ModuleRecord], energies: Iterable[str]) -> tuple[str, ...]:
@@ -140,8 +140,8 @@ def _module_row(name: str, members: Sequence[ModuleRecord], energies: Iterable[s
     ranks = sorted({module.rank for module in members})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
     error = max(max(module.storage_error, module.truncation_error or 0.0) for module in members)
-    removed = _mean(members, [module.removed for module in members])
-    return (*cells, percent(removed), rank, "0" if error == 0 else f"{error:.0e}".replace("e-0", "e-"))
+    moved = _mean(members, [module.moved for module in members])
+    return (*cells, percent(moved), rank, "0" if error == 0 else f"{error:.0e}".replace("e-0", "e-"))
 
 
 def _mean(members: Sequence[ModuleRecord], values: Sequence[float]) -> float:
@@ -156,9 +156,9 @@ def legend(report: FixReport) -> list[str]:
     if report.settings["source"] == "prompts":
         return [
             "harmful, benign: ‖ΔC^½‖²/‖Δ‖² on those prompts, before→after (1: as on any input)",
-            "removed: ‖X−Δ‖²/‖Δ‖²   error: rounding to the stored dtype, ‖·‖/‖X‖",
+            "moved: ‖X−Δ‖²/‖Δ‖²   error: rounding to the stored dtype, ‖·‖/‖X‖",
         ]
-    tail = ["removed: ‖X−Δ‖²/‖Δ‖²   error: truncation and rounding, ‖·‖/‖X‖"]
+    tail = ["moved: ‖X−Δ‖²/‖Δ‖²   error: truncation and rounding, ‖·‖/‖X‖"]
     if report.settings["geometry"] == "keep-in":
         return ["full, partial, off: parts of Δ by the displacement D, before→after", "(of a random update)", *tail]
     return ["along D: the part of Δ that reads D's directions, before→after (random update)", *tail]

@@ -81,7 +81,7 @@ def test_report_is_plain_json_and_lies_beside_the_adapter(settings: Callable[...
     assert document["version"] == csulora_cli.__version__
     assert document["exit_code"] == report.exit_code
     assert document["failed_gates"] == report.failed_gates
-    assert document["totals"]["removed"] == pytest.approx(report.removed, rel=1e-5)
+    assert document["totals"]["moved"] == pytest.approx(report.moved, rel=1e-5)
     assert document.pop("out") == str(wanted.out)
     assert wanted.out is not None
     assert json.loads((wanted.out / "csulora.json").read_text()) == document
@@ -288,7 +288,7 @@ def test_a_zero_update_stays_zero_at_a_given_strength(
     for geometry in Geometry:
         wanted = settings(adapter=str(adapter), unaligned=True, strength=strength, geometry=geometry, overwrite=True)
         report = fix_adapter(wanted)
-        assert report.removed == 0
+        assert report.moved == 0
         assert report.is_unchanged
 
 

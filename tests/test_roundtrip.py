@@ -230,7 +230,7 @@ def test_strength_zero_keeps_every_bit(
     assert (out / CONFIG).read_bytes() == (adapter / CONFIG).read_bytes()
     assert report.is_unchanged
     assert report.tensors == {"changed": 0, "unchanged": len(before), "total": len(before)}
-    assert report.removed == 0
+    assert report.moved == 0
 
 
 @pytest.mark.parametrize("source", [*SOURCES, "keep-out auto"])

@@ -64,7 +64,7 @@ def _show(report: "DemoReport", out: Path | None) -> None:
     console.out(wording.Table(header, tuple(rows)).as_text())
     for name, fixed in report.reports.items():
         console.out()
-        console.out(f"{_LABELS[name]}: {wording.percent(fixed.removed)} of the update's energy removed")
+        console.out(f"{_LABELS[name]}: the update moved by {wording.percent(fixed.moved)} of its energy")
         for line in wording.strength_lines(fixed):
             console.out(f"  {line}")
     console.out()

@@ -225,7 +225,7 @@ def _head(report: FixReport) -> list[tuple[str, str]]:
     rows.append(("source", _source_line(report)))
     first, *more = wording.strength_lines(report)
     rows += [("strength", first), *(("", line) for line in more)]
-    rows.append(("removed", f"{wording.percent(report.removed)} of the update's energy"))
+    rows.append(("moved", f"by {wording.percent(report.moved)} of the update's energy, ‖X−Δ‖²/‖Δ‖²"))
     return rows
 
 

@@ -27,7 +27,7 @@ class Effect:
     Attributes:
         name: module name.
         rank: of the update as written.
-        removed: ‖X − Δ‖².
+        moved: ‖X − Δ‖².
         before, after: the named energies of Δ and X.
         objective_before, objective_after: the minimised objective at Δ and at X.
         chance: what the named energies are for a random update (empty where 1 is the answer).
@@ -35,7 +35,7 @@ class Effect:
 
     name: str
     rank: int
-    removed: float
+    moved: float
     before: Mapping[str, float]
     after: Mapping[str, float]
     objective_before: float
@@ -57,7 +57,7 @@ def update_norms(module: LoraModule, repaired: Factors) -> tuple[float, float]:
     )
 
 
-def removed_share(modules: Sequence[LoraModule], repaired: Mapping[str, Factors]) -> float:
+def moved_share(modules: Sequence[LoraModule], repaired: Mapping[str, Factors]) -> float:
     """Σ‖X − Δ‖² / Σ‖Δ‖² over all modules."""
     norms = [update_norms(module, repaired[module.name]) for module in modules]
     total = sum(update for update, _ in norms)

@@ -19,13 +19,13 @@ class PathPoint:
         strength: λ.
         harmful_kl: mean KL(host ‖ repaired) of the first answer token on harmful tuning prompts, nats.
         benign_kl: mean KL(adapter ‖ repaired) on benign tuning prompts, nats: what the repair costs.
-        removed: ‖X − Δ‖² / ‖Δ‖².
+        moved: ‖X − Δ‖² / ‖Δ‖².
     """
 
     strength: float
     harmful_kl: float
     benign_kl: float
-    removed: float
+    moved: float
 
 
 @dataclass(frozen=True)

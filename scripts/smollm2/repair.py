@@ -69,7 +69,7 @@ def repair(work: Path, name: str, method: str) -> Path:
             settings["unaligned"] = str(work / "unaligned")
         adapter, base = str(work / "adapters" / name), str(work / "host")
         report = fix_adapter(FixSettings(adapter=adapter, base=base, out=out, **settings))
-        print(f"{name} {method}: λ = {report.strength.value:g}, {report.removed:.0%} removed", flush=True)
+        print(f"{name} {method}: λ = {report.strength.value:g}, moved by {report.moved:.0%}", flush=True)
     return out
 
 
@@ -133,11 +133,11 @@ def run(work: Path, names: list[str], methods: list[str]) -> None:
 
 
 def details(folder: Path | None) -> dict[str, Any]:
-    """λ and what was removed, from csulora's own report."""
+    """λ and how far the update moved, from csulora's own report."""
     if folder is None:
         return {}
     report = json.loads((folder / "csulora.json").read_text(encoding="utf-8"))
-    return {"strength": report["strength"]["value"], "removed": report["totals"]["removed"]}
+    return {"strength": report["strength"]["value"], "moved": report["totals"]["moved"]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
