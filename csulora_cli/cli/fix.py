@@ -75,7 +75,7 @@ def fix(
         str | None,
         typer.Option(
             metavar="auto|FLOAT",
-            help="λ. auto: the smallest that measures as the host on harmful prompts. 0: change nothing. "
+            help="λ. auto: the smallest at which answers to harmful prompts begin as the host's. 0: change nothing. "
             "Default: auto; with --unaligned a fixed value that runs no model.",
             rich_help_panel=_STRENGTH,
         ),
@@ -84,7 +84,7 @@ def fix(
         float | None,
         typer.Option(
             metavar="FLOAT",
-            help="Prompts source: β, how much to hold on to what the adapter does on benign prompts.",
+            help="Prompts source: β, how much to hold on to what the adapter does on benign prompts. Default: 1.",
             rich_help_panel=_STRENGTH,
         ),
     ] = None,
