@@ -243,7 +243,8 @@ def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:
     base = _word(settings.base or report.inputs["host"].name)
     if not report.behaviour:  # nothing was measured yet
         adapter, unaligned = _word(settings.adapter), _word(settings.unaligned or "")
-        return f"csulora fix {adapter} --base {base} --unaligned {unaligned} --strength auto --overwrite"
+        out = f" --out {folder}" if settings.out else ""
+        return f"csulora fix {adapter} --base {base} --unaligned {unaligned} --strength auto{out} --overwrite"
     rank = max(module.rank for module in report.modules)
     ranks = f" --max-lora-rank {rank}" if rank > VLLM_MAX_RANK else ""
     return f"vllm serve {base} --enable-lora{ranks} --lora-modules repaired={folder}"
