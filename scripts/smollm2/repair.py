@@ -4,8 +4,8 @@
 
 Each repair writes DIR/repaired/<adapter>-<method> and each score a line of DIR/scores.jsonl; what is there is not
 done again. The evaluation prompts (data/eval_*.jsonl) are used here and nowhere else: they give no direction, choose no
-λ and no default. The control is a uniform shrink c·Δ with the norm of what the prompts source left, so that it removes
-as much of the update without looking.
+λ and no default. Two controls do not look where the update acts: a uniform shrink c·Δ with the norm of what the prompts
+source left, and one with the largest c that meets the KL limit of `--strength auto`, on the same prompts.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from score import Adapter, Bench, Share, load_adapter, mean_kl, score_attacks, s
 from tasks import DATA
 
 from csulora_cli import FixSettings, fix_adapter
+from csulora_cli.engine.strength import LARGEST_LIMIT
+from csulora_cli.promptset import load_prompts
 from csulora_cli.settings import Geometry
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,6 +41,7 @@ LABELS = {
     "keep-in": "weights, keep-in, fixed λ (no prompts)",
     "keep-in auto": "weights, keep-in, auto",
     "shrink": "uniform shrink, norm as prompts",
+    "shrink auto": "uniform shrink, KL limit as prompts",
 }
 
 
@@ -74,8 +77,26 @@ def repair(work: Path, name: str, method: str) -> Path:
 
 
 def shrink(adapter: Adapter, like: Adapter) -> Adapter:
-    """c·Δ with the norm of another update: A is scaled, B stays."""
-    factor = (squared_norm(like) / squared_norm(adapter)) ** 0.5
+    """c·Δ with the norm of another update."""
+    return scaled(adapter, (squared_norm(like) / squared_norm(adapter)) ** 0.5)
+
+
+def shrink_to_limit(bench: Bench, adapter: Adapter) -> Adapter:
+    """c·Δ with the largest c of a hundredth's grid that meets auto's KL limit on the shipped tuning prompts."""
+    tuning = load_prompts().tuning.harmful
+    bench.apply(None)
+    host = bench.log_probs(tuning)
+    low, high = 0, 100
+    while low < high:
+        middle = (low + high + 1) // 2
+        bench.apply(scaled(adapter, middle / 100))
+        meets = mean_kl(host, bench.log_probs(tuning)) <= LARGEST_LIMIT
+        low, high = (middle, high) if meets else (low, middle - 1)
+    return scaled(adapter, low / 100)
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """c·Δ: A is scaled, B stays."""
     return Adapter(adapter.scale, {name: (a * factor, b) for name, (a, b) in adapter.factors.items()})
 
 
@@ -118,6 +139,8 @@ def run(work: Path, names: list[str], methods: list[str]) -> None:
         repaired = {method: repair(work, name, method) for method in methods}
         models |= {method: load_adapter(folder) for method, folder in repaired.items()}
         models["shrink"] = shrink(adapter, models["prompts"] or adapter)
+        is_found = (name, "shrink auto") in rows
+        models["shrink auto"] = None if is_found else shrink_to_limit(bench, adapter)
         for method, model in models.items():
             if (name, method) in rows:
                 continue
@@ -150,7 +173,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['strength']:g}"
             if "strength" in row
             else f"c = {row['norm']:.2f}"
-            if row["method"] == "shrink"
+            if row["method"].startswith("shrink")
             else ""
         )
         lines.append(
