@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompts": {},
     "keep-out": {"geometry": Geometry.KEEP_OUT},
     "keep-out auto": {"geometry": Geometry.KEEP_OUT, "strength": "auto"},
+    "keep-out full": {"geometry": Geometry.KEEP_OUT, "strength": "auto", "subspace_energy": 1.0},
     "keep-in": {"geometry": Geometry.KEEP_IN},
     "keep-in auto": {"geometry": Geometry.KEEP_IN, "strength": "auto"},
 }
@@ -38,6 +39,7 @@ LABELS = {
     "prompts": "**prompts** (default)",
     "keep-out": "weights, keep-out, fixed λ (no prompts)",
     "keep-out auto": "weights, keep-out, auto",
+    "keep-out full": "weights, keep-out, auto, τ = 1",
     "keep-in": "weights, keep-in, fixed λ (no prompts)",
     "keep-in auto": "weights, keep-in, auto",
     "shrink": "uniform shrink, norm as prompts",
