@@ -25,7 +25,7 @@ from csulora_cli.engine.host import (
     load_host,
     solver_device,
 )
-from csulora_cli.engine.inputs import Directions, Encoded
+from csulora_cli.engine.inputs import DirectionPrompts, Encoded
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
@@ -214,14 +214,14 @@ class _Fix:
 
         return _Solution(factors, record, {}), of
 
-    def _directions(self, host: Host) -> Directions:
+    def _directions(self, host: Host) -> DirectionPrompts:
         """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
         prompts = self._encode(host, "directions")
         if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
-            return Directions.of(prompts)
+            return DirectionPrompts.of(prompts)
         self.progress.stage("answers", len(prompts.benign))
         with host.adapted(self._unchanged()):
-            return Directions.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, self.progress.advance))
+            return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, self.progress.advance))
 
     def _weights(self, checkpoints: Sequence[tuple[Checkpoint, dict[str, WeightMatch]]]) -> tuple[_Solution, _Effects]:
         settings = self.settings

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from csulora_cli.adapter import LoraModule
 from csulora_cli.engine.host import Factors, Host
-from csulora_cli.engine.inputs import Directions, InputGroup, Side, watch_inputs
+from csulora_cli.engine.inputs import DirectionPrompts, InputGroup, Side, watch_inputs
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.weights_source import ModuleDisplacement
 from csulora_cli.settings import Geometry
@@ -69,7 +69,7 @@ def prompt_effects(
     modules: Sequence[LoraModule],
     groups: Sequence[InputGroup],
     repaired: Mapping[str, Factors],
-    prompts: Directions,
+    prompts: DirectionPrompts,
     protect: float,
     strength: float,
     progress: Progress,

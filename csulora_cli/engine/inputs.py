@@ -91,14 +91,14 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Directions:
+class DirectionPrompts:
     """What gives the directions: H from `harmful`, G from `benign`."""
 
     harmful: Side
     benign: Side
 
     @classmethod
-    def of(cls, prompts: Encoded, answers: Sequence[Sequence[int]] | None = None) -> "Directions":
+    def of(cls, prompts: Encoded, answers: Sequence[Sequence[int]] | None = None) -> "DirectionPrompts":
         """Prompts, the benign ones with answers to them (in their order) if there are any."""
         turn = common_end([*prompts.harmful, *prompts.benign])
         benign = (
@@ -170,7 +170,7 @@ def chunks(groups: Sequence[InputGroup], tokens: tuple[int, int], budget_bytes: 
 
 
 def collect_moments(
-    host: Host, groups: Sequence[InputGroup], prompts: Directions, device: torch.device, advance: Progress
+    host: Host, groups: Sequence[InputGroup], prompts: DirectionPrompts, device: torch.device, advance: Progress
 ) -> dict[InputGroup, Moments]:
     """Run the prompts once and keep the moments of some groups.
 
@@ -257,7 +257,7 @@ def watch_inputs(host: Host, batch: Batch, weights: Tensor, hooks: Mapping[str, 
 def iterate_chunks(
     host: Host,
     groups: Sequence[InputGroup],
-    prompts: Directions,
+    prompts: DirectionPrompts,
     device: torch.device,
     budget_bytes: int,
     advance: Progress,

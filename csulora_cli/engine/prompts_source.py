@@ -8,7 +8,7 @@ from csulora_cli.adapter import LoraModule
 from csulora_cli.engine.host import Factors, Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
-    Directions,
+    DirectionPrompts,
     InputGroup,
     Moments,
     collect_moments,
@@ -33,7 +33,7 @@ class PromptsPath:
         self,
         host: Host,
         modules: Sequence[LoraModule],
-        prompts: Directions,
+        prompts: DirectionPrompts,
         protect: float,
         strengths: Sequence[float],
         progress: Progress,
