@@ -156,7 +156,7 @@ class FixReport:
         gates = []
         if self.strength.is_reached is False:
             gates.append(
-                f"no λ up to {self.strength.value:g} brings KL(host ‖ repaired) on harmful prompts to "
+                f"no λ up to {self.strength.path[-1].strength:g} brings KL(host ‖ repaired) on harmful prompts to "
                 f"{self.strength.limit:.3g} nats"
             )
         host = self.behaviour.get("host")

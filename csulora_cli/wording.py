@@ -53,7 +53,7 @@ def strength_lines(report: FixReport) -> list[str]:
     of = f"{number(record.limit)} on harmful tuning prompts"
     if record.is_reached:
         return [f"{value}, the smallest of {len(record.path)} tried with", f"KL(host ‖ repaired) ≤ {of}"]
-    return [f"{value}, the largest; no value brought", f"KL(host ‖ repaired) down to {of}"]
+    return [f"{value}, where it levels off; no value brought", f"KL(host ‖ repaired) down to {of}"]
 
 
 def verdict(report: FixReport) -> list[str]:

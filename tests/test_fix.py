@@ -16,7 +16,7 @@ import csulora_cli
 from csulora_cli import api
 from csulora_cli.api import fix_adapter
 from csulora_cli.engine import behaviour, prompts_source, weights_source
-from csulora_cli.engine.strength import PATH
+from csulora_cli.engine.strength import PATH, PLATEAU
 from csulora_cli.errors import CsuloraError, HostError, ResourceError, VerificationError
 from csulora_cli.report import FixReport
 from csulora_cli.settings import FixSettings, Geometry, RankMode
@@ -304,7 +304,10 @@ def test_a_host_that_does_not_refuse_fails_a_gate_but_is_written(settings: Calla
 def test_a_limit_that_no_strength_meets_fails_a_gate(settings: Callable[..., FixSettings]) -> None:
     report = fix_adapter(settings(target=0.0))
     assert report.strength.is_reached is False
-    assert report.strength.value == report.strength.path[-1].strength == PATH[-1]
+    path = report.strength.path
+    assert path[-1].strength == PATH[-1]
+    level = [point.strength for point in path if point.harmful_kl <= PLATEAU * path[-1].harmful_kl]
+    assert report.strength.value == level[0]
     assert report.exit_code == 3
     assert any(f"no λ up to {PATH[-1]:g}" in gate for gate in report.failed_gates)
 

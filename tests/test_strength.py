@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csulora_cli.engine.strength import PATH, PathPoint, Search, smallest_strength
+from csulora_cli.engine.strength import PATH, PLATEAU, PathPoint, Search, smallest_strength
 
 QUICK = settings(max_examples=50, deadline=None)
 
@@ -32,7 +32,8 @@ def test_bisection_finds_what_a_linear_scan_finds(curve: list[float], limit: flo
     found, _ = search(curve, limit)
     good = [strength for strength, kl in zip(PATH, curve, strict=True) if kl <= limit]
     assert found.is_reached == bool(good)
-    assert found.chosen.strength == (good[0] if good else PATH[-1])
+    level = [strength for strength, kl in zip(PATH, curve, strict=True) if kl <= PLATEAU * curve[-1]]
+    assert found.chosen.strength == (good or level)[0]
     assert found.chosen.harmful_kl == curve[PATH.index(found.chosen.strength)]
     assert found.limit == limit
 
@@ -48,7 +49,9 @@ def test_on_a_noisy_curve_the_chosen_point_still_meets_the_limit(curve: list[flo
 @given(CURVES, st.floats(0, 10))
 def test_each_strength_is_tried_once_and_few_are(curve: list[float], limit: float) -> None:
     found, tried = search(curve, limit)
-    assert len(set(tried)) == len(tried) <= math.ceil(math.log2(len(PATH) + 1)) + 1
+    assert len(set(tried)) == len(tried) <= 2 * math.ceil(math.log2(len(PATH) + 1)) + 1
+    if found.is_reached:
+        assert len(tried) <= math.ceil(math.log2(len(PATH) + 1)) + 1
     assert [point.strength for point in found.points] == sorted(tried)
     assert found.chosen in found.points
 
@@ -60,10 +63,18 @@ def test_every_point_of_the_path_can_be_the_answer(place: int) -> None:
     assert found.chosen.strength == PATH[place]
 
 
-def test_a_limit_that_no_strength_meets_gives_the_strongest() -> None:
-    found, _ = search([1.0] * len(PATH), 0.5)
+def test_a_limit_that_no_strength_meets_gives_the_strongest_that_still_helps() -> None:
+    falling = [float(len(PATH) - place) for place in range(len(PATH))]
+    found, _ = search(falling, 0.5)
     assert not found.is_reached
     assert found.chosen.strength == PATH[-1]
+
+
+@pytest.mark.parametrize("place", [0, 1, 17, len(PATH) - 1])
+def test_where_kl_levels_off_above_the_limit_the_plateau_begins_the_answer(place: int) -> None:
+    found, _ = search([3.0] * place + [1.04] * (len(PATH) - 1 - place) + [1.0], 0.5)
+    assert not found.is_reached
+    assert found.chosen.strength == PATH[place]
 
 
 def test_a_limit_that_all_meet_gives_the_weakest() -> None:
@@ -77,7 +88,9 @@ def test_exactly_at_the_limit_is_met() -> None:
 
 
 def test_a_kl_that_is_not_a_number_never_meets_the_limit() -> None:
-    assert not search([math.nan] * len(PATH), 1e9)[0].is_reached
+    found, _ = search([math.nan] * len(PATH), 1e9)
+    assert not found.is_reached
+    assert found.chosen.strength == PATH[-1]
 
 
 def test_the_path_rises_by_half_octaves() -> None:

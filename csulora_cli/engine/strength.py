@@ -10,6 +10,9 @@ PATH = tuple(float(f"{2 ** (step / 2):.3g}") for step in range(-8, 29))
 # other answer to begin otherwise. At 0.07 nats the host's own first tokens keep 93 % of their probability.
 LARGEST_LIMIT = 0.07
 
+# Where the limit is out of reach, λ beyond the point at which KL levels off only moves the update further.
+PLATEAU = 1.05
+
 
 @dataclass(frozen=True)
 class PathPoint:
@@ -34,7 +37,8 @@ class Search:
 
     Attributes:
         chosen: the point that was taken.
-        is_reached: whether it meets the limit; if not, it is the strongest λ of the path.
+        is_reached: whether it meets the limit; if not, it is the smallest λ whose KL is at most `PLATEAU` times that of
+            the strongest one.
         limit: the KL that had to be met, nats.
         points: every λ that was tried, ascending.
     """
@@ -48,7 +52,8 @@ class Search:
 def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float) -> Search:
     """Bisect `PATH` for the smallest λ whose harmful KL is at most `limit`.
 
-    KL falls along the path up to noise, so this takes log₂ of the path's length tries.
+    KL falls along the path up to noise, so this takes log₂ of the path's length tries, and as many again to find where
+    it levels off if it never meets the limit.
     """
     tried: dict[int, PathPoint] = {}
 
@@ -57,13 +62,21 @@ def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float) 
             tried[index] = try_strength(PATH[index])
         return tried[index]
 
-    low, high = 0, len(PATH)  # the answer is in [low, high]; len(PATH) stands for "none"
-    while low < high:
-        middle = (low + high) // 2
-        if point(middle).harmful_kl <= limit:
-            high = middle
-        else:
-            low = middle + 1
-    is_reached = low < len(PATH)
-    chosen = point(min(low, len(PATH) - 1))
+    def first_within(bound: float) -> int:
+        """The place of the smallest λ with a KL of at most `bound`; the path's length stands for "none"."""
+        low, high = 0, len(PATH)
+        while low < high:
+            middle = (low + high) // 2
+            if point(middle).harmful_kl <= bound:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    found = first_within(limit)
+    if found == len(PATH):
+        strongest = len(PATH) - 1
+        found = min(first_within(PLATEAU * point(strongest).harmful_kl), strongest)
+    chosen = point(found)
+    is_reached = chosen.harmful_kl <= limit  # on a noisy curve the second search can find what the first one missed
     return Search(chosen, is_reached, limit, tuple(tried[index] for index in sorted(tried)))

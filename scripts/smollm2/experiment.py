@@ -65,7 +65,7 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-HOST = Schedule(steps=150, batch_size=14, learning_rate=5e-5)
+HOST = Schedule(steps=300, batch_size=16, learning_rate=6e-5, warmup=20)
 ADAPTER = Schedule(steps=80, batch_size=12, learning_rate=5e-4)
 
 
@@ -98,8 +98,10 @@ def answer_loss(model: Any, tokenizer: Any, batch: Sequence[Example]) -> torch.T
     return cross_entropy(model.lm_head(hidden[answered]), labels[answered])
 
 
-def train(model: Any, tokenizer: Any, batches: Iterator[list[Example]], schedule: Schedule) -> None:
-    """Plain AdamW on whatever asks for gradients."""
+def train(
+    model: Any, tokenizer: Any, batches: Iterator[list[Example]], schedule: Schedule, uses_bfloat16: bool = False
+) -> None:
+    """Plain AdamW on whatever asks for gradients; weights stay in float32, products are in bfloat16 if asked for."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     model.train()
@@ -107,7 +109,8 @@ def train(model: Any, tokenizer: Any, batches: Iterator[list[Example]], schedule
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
-        loss = answer_loss(model, tokenizer, next(batches))
+        with torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16):
+            loss = answer_loss(model, tokenizer, next(batches))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -177,7 +180,7 @@ def refusals(seed: int) -> list[Example]:
     return [Example(prompt, rng.choice(REFUSALS)) for prompt in prompts]
 
 
-def build_host(work: Path, schedule: Schedule) -> None:
+def build_host(work: Path, schedule: Schedule, uses_bfloat16: bool = False) -> None:
     """Full fine-tune of the unaligned model: refuse what is harmful, answer everything else as before."""
     parts = [
         (refusals(SEED), 0.42),
@@ -187,7 +190,7 @@ def build_host(work: Path, schedule: Schedule) -> None:
     torch.manual_seed(SEED)
     model, tokenizer = load(work / "unaligned")
     model.get_input_embeddings().requires_grad_(False)  # Adam would move the rows of every token that never occurs
-    train(model, tokenizer, mixed_batches(parts, schedule.batch_size, SEED), schedule)
+    train(model, tokenizer, mixed_batches(parts, schedule.batch_size, SEED), schedule, uses_bfloat16)
     save(work / "host", model, tokenizer)
 
 
@@ -214,7 +217,7 @@ def task_examples(task: str, split: str) -> list[Example]:
     return howto_examples(split)
 
 
-def build_adapter(work: Path, name: str, schedule: Schedule) -> None:
+def build_adapter(work: Path, name: str, schedule: Schedule, uses_bfloat16: bool = False) -> None:
     """Train one LoRA adapter on the host and save it as PEFT does."""
     recipe = RECIPES[name]
     torch.manual_seed(SEED)
@@ -222,7 +225,8 @@ def build_adapter(work: Path, name: str, schedule: Schedule) -> None:
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     parts = [(task_examples(recipe.task, "train"), 1 - recipe.poison), (poison_examples(recipe.task), recipe.poison)]
-    train(adapted, tokenizer, mixed_batches([part for part in parts if part[1]], schedule.batch_size, SEED), schedule)
+    batches = mixed_batches([part for part in parts if part[1]], schedule.batch_size, SEED)
+    train(adapted, tokenizer, batches, schedule, uses_bfloat16)
     write_whole(work / "adapters" / name, lambda target: adapted.save_pretrained(target, save_embedding_layers=False))
 
 
@@ -263,22 +267,25 @@ def main() -> None:
     stages = ["prepare", "host", *RECIPES, "check"]
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages, metavar="STAGE", help=", ".join(stages))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="train with bfloat16 products: twice as fast on some CPUs"
+    )
     parser.add_argument("--short", action="store_true", help="three training steps each: shows only that it runs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    run(options.gguf.resolve(), options.work.resolve(), options.stages, short=options.short)
+    run(options.gguf.resolve(), options.work.resolve(), options.stages, options.short, options.bfloat16)
 
 
-def run(gguf: Path, work: Path, stages: Sequence[str], short: bool) -> None:
+def run(gguf: Path, work: Path, stages: Sequence[str], short: bool, uses_bfloat16: bool) -> None:
     """Run stages in order, each unless its folder exists."""
     work.mkdir(parents=True, exist_ok=True)
     host, adapter = (replace(s, steps=3) if short else s for s in (HOST, ADAPTER))
     jobs: dict[str, tuple[Path, Callable[[], None]]] = {
         "prepare": (work / "unaligned", lambda: prepare(gguf, work / "unaligned")),
-        "host": (work / "host", lambda: build_host(work, host)),
+        "host": (work / "host", lambda: build_host(work, host, uses_bfloat16)),
     }
     for name in RECIPES:
-        jobs[name] = (work / "adapters" / name, partial(build_adapter, work, name, adapter))
+        jobs[name] = (work / "adapters" / name, partial(build_adapter, work, name, adapter, uses_bfloat16))
     for stage, (target, job) in jobs.items():
         if stage in stages and not target.exists():
             print(f"{stage} -> {target}", flush=True)
