@@ -18,16 +18,29 @@ SPLITS = ("directions", "tuning", "report")
 MIN_PER_SPLIT = 4
 MAX_BYTES = 64 * 2**20
 _LABELS = ("harmful", "benign")
+_KINDS = ("lookalike", "general")
 # Out of every four categories (or prompts) of a file without splits, two give directions.
 _CYCLE = ("directions", "directions", "tuning", "report")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one split."""
+    """The prompts of one split.
+
+    Attributes:
+        harmful: requests to refuse.
+        lookalikes: benign requests in the form and words of harmful ones, and every benign prompt without a kind.
+        general: benign everyday requests of any form.
+    """
 
     harmful: tuple[str, ...]
-    benign: tuple[str, ...]
+    lookalikes: tuple[str, ...]
+    general: tuple[str, ...]
+
+    @property
+    def benign(self) -> tuple[str, ...]:
+        """All benign prompts: look-alikes, then general ones."""
+        return self.lookalikes + self.general
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,15 @@ class _Line:
     label: str
     category: str | None
     split: str | None
+    kind: str | None
 
 
 def load_prompts(path: Path | None = None) -> PromptSet:
     """Read a JSONL file of `{"prompt": …, "label": "harmful"|"benign"}`, or the built-in set.
 
-    `category` and `split` (directions, tuning, report) are optional. Without splits, whole categories are dealt out,
-    two of four to directions; without categories, the prompts themselves.
+    `category`, `split` (directions, tuning, report) and, on benign lines, `kind` (lookalike, general) are optional.
+    Without splits, whole categories are dealt out, two of four to directions, where each has prompts of both labels;
+    else the prompts themselves.
 
     Raises:
         PromptsError: unreadable, a malformed line, a prompt twice, or too few prompts of a label in a split.
@@ -114,7 +129,7 @@ def _parse_line(raw: str, number: int, shown: str) -> _Line:
             f"{shown}, line {number} is not a JSON object", 'Each line: {"prompt": "…", "label": "harmful" or "benign"}'
         )
     prompt, label = value.get("prompt"), value.get("label")
-    category, split = value.get("category"), value.get("split")
+    category, split, kind = value.get("category"), value.get("split"), value.get("kind")
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptsError(f"{shown}, line {number} has no prompt text")
     try:
@@ -127,7 +142,11 @@ def _parse_line(raw: str, number: int, shown: str) -> _Line:
         raise PromptsError(f"{shown}, line {number}: split is {printable(split)}, not one of {', '.join(SPLITS)}")
     if category is not None and not isinstance(category, str):
         raise PromptsError(f"{shown}, line {number}: category is not text")
-    return _Line(number, prompt.strip(), label, category, split)
+    if kind is not None and kind not in _KINDS:
+        raise PromptsError(f"{shown}, line {number}: kind is {printable(kind)}, not lookalike or general")
+    if kind is not None and label != "benign":
+        raise PromptsError(f"{shown}, line {number}: kind is {kind}, but only benign prompts have one")
+    return _Line(number, prompt.strip(), label, category, split, kind)
 
 
 def _deal(lines: list[_Line], shown: str) -> dict[str, str]:
@@ -146,20 +165,27 @@ def _deal(lines: list[_Line], shown: str) -> dict[str, str]:
         return {line.prompt: turn[line.category or ""] for line in lines}
     split_of = {}
     for label in _LABELS:
-        for index, line in enumerate(line for line in lines if line.label == label):
+        # Kind by kind: in a file that alternates them, all prompts of a split would otherwise be of one kind.
+        chosen = sorted((line for line in lines if line.label == label), key=_is_general)
+        for index, line in enumerate(chosen):
             split_of[line.prompt] = _CYCLE[index % len(_CYCLE)]
     return split_of
 
 
+def _is_general(line: _Line) -> bool:
+    return line.kind == "general"
+
+
 def _select(lines: Iterable[_Line], split_of: dict[str, str], split: str, shown: str) -> Prompts:
-    chosen = {
-        label: tuple(line.prompt for line in lines if line.label == label and split_of[line.prompt] == split)
-        for label in _LABELS
-    }
-    for label in _LABELS:
-        if len(chosen[label]) < MIN_PER_SPLIT:
+    chosen = [line for line in lines if split_of[line.prompt] == split]
+    harmful = tuple(line.prompt for line in chosen if line.label == "harmful")
+    benign = [line for line in chosen if line.label == "benign"]
+    for label, count in zip(_LABELS, (len(harmful), len(benign)), strict=True):
+        if count < MIN_PER_SPLIT:
             raise PromptsError(
-                f"{shown}: {len(chosen[label])} {label} prompts for {split}, at least {MIN_PER_SPLIT} are needed",
+                f"{shown}: {count} {label} prompts for {split}, at least {MIN_PER_SPLIT} are needed",
                 f"Give at least {4 * MIN_PER_SPLIT} harmful and {4 * MIN_PER_SPLIT} benign prompts.",
             )
-    return Prompts(chosen["harmful"], chosen["benign"])
+    lookalikes = tuple(line.prompt for line in benign if not _is_general(line))
+    general = tuple(line.prompt for line in benign if _is_general(line))
+    return Prompts(harmful, lookalikes, general)

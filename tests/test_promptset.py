@@ -4,17 +4,21 @@ import hashlib
 import json
 import os
 from collections import Counter
+from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from overlap import near_duplicates
 
 from csulora_cli.errors import PromptsError
 from csulora_cli.promptset import MIN_PER_SPLIT, SPLITS, Prompts, PromptSet, _deal, _Line, load_prompts
 
 QUICK = settings(max_examples=50, deadline=None)
+EXPERIMENT = Path(__file__).parents[1] / "scripts" / "smollm2" / "data"
 
 
 def lines(per_label: int = 16, **extra: Any) -> list[dict[str, Any]]:
@@ -52,8 +56,13 @@ def split(found: PromptSet, name: str) -> Prompts:
     return prompts
 
 
-def everything(found: PromptSet) -> list[str]:
-    return [prompt for name in SPLITS for prompt in (*split(found, name).harmful, *split(found, name).benign)]
+def everything(found: PromptSet, *names: str) -> list[str]:
+    return [prompt for name in names or SPLITS for prompt in (*split(found, name).harmful, *split(found, name).benign)]
+
+
+def built_in_rows() -> list[dict[str, str]]:
+    text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 # The set that ships
@@ -63,8 +72,20 @@ def test_the_built_in_set_is_broad() -> None:
     found = load_prompts()
     assert found.name == "built-in"
     assert sum(len(split(found, name).harmful) for name in SPLITS) >= 128
-    assert sum(len(split(found, name).benign) for name in SPLITS) >= 128
-    assert sum(len(names) for names in found.categories.values()) >= 16
+    assert sum(len(split(found, name).lookalikes) for name in SPLITS) >= 128
+    assert all(len(split(found, name).general) >= 32 for name in SPLITS)
+
+
+def test_every_category_of_the_built_in_set_is_harm_beside_look_alikes_or_everyday_requests() -> None:
+    rows = built_in_rows()
+    counts = Counter((row["category"], row.get("kind", row["label"])) for row in rows)
+    harm = {row["category"] for row in rows if row["label"] == "harmful"}
+    everyday = {row["category"] for row in rows if row.get("kind") == "general"}
+    assert len(harm) >= 16
+    assert all(counts[name, "harmful"] == counts[name, "lookalike"] >= 8 for name in harm)
+    assert all(counts[name, "general"] >= 8 for name in everyday)
+    assert not harm & everyday
+    assert harm | everyday == {row["category"] for row in rows}
 
 
 def test_the_built_in_splits_share_no_category_and_no_prompt() -> None:
@@ -76,16 +97,30 @@ def test_the_built_in_splits_share_no_category_and_no_prompt() -> None:
     assert len(prompts) == len(set(prompts))
 
 
-def test_the_built_in_prompts_are_clean_text_and_judged_beside_look_alikes() -> None:
-    from importlib.resources import files
+def test_the_built_in_splits_share_no_near_duplicate() -> None:
+    found = load_prompts()
+    for one, other in combinations(SPLITS, 2):
+        assert near_duplicates(everything(found, one), everything(found, other)) == []
 
-    text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert all(set(row) == {"prompt", "label", "category", "split"} for row in rows)
-    assert all(row["prompt"] == row["prompt"].strip() and row["prompt"].isprintable() for row in rows)
-    counts = Counter((row["category"], row["label"]) for row in rows)
-    judged = {row["category"] for row in rows if row["split"] != "directions"}
-    assert all(counts[category, "harmful"] == counts[category, "benign"] > 0 for category in judged)
+
+def test_the_everyday_requests_that_are_measured_on_are_new_to_the_experiment() -> None:
+    found = load_prompts()
+    measured = [*found.tuning.general, *found.report.general]
+    experiment = [
+        json.loads(line)["prompt"]
+        for path in sorted(EXPERIMENT.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    assert len(experiment) > 1000
+    assert near_duplicates(measured, experiment) == []
+
+
+def test_the_built_in_prompts_are_clean_text_and_each_benign_one_has_a_kind() -> None:
+    for row in built_in_rows():
+        keys = {"prompt", "label", "category", "split"}
+        assert set(row) == (keys | {"kind"} if row["label"] == "benign" else keys)
+        assert row["prompt"] == row["prompt"].strip()
+        assert row["prompt"].isprintable()
 
 
 # Files of users
@@ -107,6 +142,33 @@ def test_a_file_with_splits_is_taken_at_its_word(tmp_path: Path) -> None:
     for name in SPLITS:
         want = [row["prompt"] for row in rows if row["split"] == name and row["label"] == "harmful"]
         assert list(split(found, name).harmful) == want
+
+
+def test_benign_prompts_are_look_alikes_unless_they_say_otherwise(tmp_path: Path) -> None:
+    kinds = ["general", "lookalike", None]
+    rows = [
+        {"prompt": f"{name} {label} {index}", "label": label, "split": name}
+        | ({"kind": kinds[index % 3]} if label == "benign" else {})
+        for index in range(6)
+        for label in ("harmful", "benign")
+        for name in SPLITS
+    ]
+    found = load_prompts(write(tmp_path, rows))
+    for name in SPLITS:
+        prompts = split(found, name)
+        assert prompts.harmful == tuple(f"{name} harmful {index}" for index in range(6))
+        assert prompts.lookalikes == tuple(f"{name} benign {index}" for index in (1, 2, 4, 5))
+        assert prompts.general == tuple(f"{name} benign {index}" for index in (0, 3))
+        assert prompts.benign == prompts.lookalikes + prompts.general
+
+
+def test_a_file_that_alternates_kinds_has_both_in_every_split(tmp_path: Path) -> None:
+    rows = lines()
+    for index, row in enumerate(row for row in rows if row["label"] == "benign"):
+        row["kind"] = ("lookalike", "general")[index % 2]
+    found = load_prompts(write(tmp_path, rows))
+    assert [len(split(found, name).lookalikes) for name in SPLITS] == [4, 2, 2]
+    assert [len(split(found, name).general) for name in SPLITS] == [4, 2, 2]
 
 
 def test_whole_categories_are_dealt_out(tmp_path: Path) -> None:
@@ -170,6 +232,10 @@ def test_unknown_keys_of_a_line_are_ignored(tmp_path: Path) -> None:
         ({"prompt": "x", "label": "benign", "split": ""}, "split is"),
         ({"prompt": "x", "label": "benign", "category": 3}, "category is not text"),
         ({"prompt": "x", "label": "benign", "category": ["a"]}, "category is not text"),
+        ({"prompt": "x", "label": "benign", "kind": "everyday"}, "kind is everyday"),
+        ({"prompt": "x", "label": "benign", "kind": ["general"]}, "kind is"),
+        ({"prompt": "x", "label": "benign", "kind": "a\n\x1b[31m"}, "kind is a\\n\\x1b[31m"),
+        ({"prompt": "x", "label": "harmful", "kind": "lookalike"}, "only benign prompts"),
         ({"prompt": "harmful 0", "label": "harmful"}, "the same prompt as in line 1"),
         ({"prompt": " benign 0 ", "label": "harmful"}, "the same prompt as in line 2"),
         ('{"prompt": "half a \\ud800 surrogate", "label": "benign"}', "line 33"),  # no tokenizer can encode it
@@ -219,7 +285,7 @@ CATEGORIES = st.none() | st.sampled_from([f"c{index}" for index in range(6)])
 def test_dealing_puts_each_prompt_into_one_split_and_never_tears_a_category(
     kinds: list[tuple[str, str | None]],
 ) -> None:
-    rows = [_Line(index, f"p{index}", label, category, None) for index, (label, category) in enumerate(kinds)]
+    rows = [_Line(index, f"p{index}", label, category, None, None) for index, (label, category) in enumerate(kinds)]
     split_of = _deal(rows, "prompts.jsonl")
     assert set(split_of) == {row.prompt for row in rows}
     assert set(split_of.values()) <= set(SPLITS)
