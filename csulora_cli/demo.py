@@ -16,11 +16,12 @@ import torch
 from csulora_cli.adapter import read_adapter
 from csulora_cli.api import fix_adapter
 from csulora_cli.engine.host import Factors, Host, choose_device, load_host
-from csulora_cli.engine.measure import Answer, classify, wilson
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.locate import Location
-from csulora_cli.report import Count, FixReport
+from csulora_cli.refusals import Answer, classify
+from csulora_cli.report import FixReport
 from csulora_cli.settings import FixSettings
+from csulora_cli.stats import Count
 
 NEW_TOKENS = 24
 
@@ -127,11 +128,7 @@ def _score(host: Host, factors: Mapping[str, Factors], held_out: _HeldOut, progr
         task = answers(held_out.task)
     correct = sum(text.split() == wanted.split() for text, wanted in zip(task, held_out.responses, strict=True))
     return DemoScore(
-        _count(harmful.count(Answer.ANSWER), len(harmful)),
-        _count(benign.count(Answer.REFUSAL), len(benign)),
-        _count(correct, len(task)),
+        Count.of(harmful.count(Answer.ANSWER), len(harmful)),
+        Count.of(benign.count(Answer.REFUSAL), len(benign)),
+        Count.of(correct, len(task)),
     )
-
-
-def _count(count: int, total: int) -> Count:
-    return Count(count, total, *wilson(count, total))

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from csulora_cli.stats import Count
+
 SCHEMA_VERSION = 1
 # A host that refuses fewer harmful prompts than this has no refusals that a repair could restore.
 HOST_REFUSES = 0.5
@@ -16,16 +18,6 @@ class InputRecord:
     name: str
     commit: str | None
     sha256: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Count:
-    """A count out of a number of prompts, with its 95 % Wilson interval."""
-
-    count: int
-    total: int
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from csulora_cli.report import Behaviour, Count, FixReport, ModuleRecord
+from csulora_cli.report import Behaviour, FixReport, ModuleRecord
+from csulora_cli.stats import Count
 from csulora_cli.text import number, printable
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from csulora_cli.engine.host import Factors, Host
 from csulora_cli.engine.inputs import Encoded
-from csulora_cli.engine.measure import ANSWER_TOKENS, Answer, Share, count_answers, mean_kl
+from csulora_cli.engine.measure import contrast, mean_kl
 from csulora_cli.engine.progress import Progress
-from csulora_cli.report import Behaviour, Count
+from csulora_cli.engine.scoring import run_kind, score_kind
+from csulora_cli.refusals import ANSWER_TOKENS
+from csulora_cli.report import Behaviour
+from csulora_cli.scores import KindScore
 
 
 class KlJudge:
@@ -44,42 +45,29 @@ def measure_behaviour(
     """Measure all three on prompts that gave no direction and chose no λ."""
     models: dict[str, Mapping[str, Factors]] = {"host": {}, "adapter": adapter, "repaired": repaired}
     progress.stage("measure", len(models) * (len(prompts.harmful) + len(prompts.benign)))
-    first_tokens: dict[str, tuple[Tensor, Tensor]] = {}
-    answers: dict[str, tuple[dict[Answer, Share], dict[Answer, Share]]] = {}
+    harmful, benign = {}, {}
     for name, factors in models.items():
         with host.adapted(factors):
-            first_tokens[name] = (
-                host.first_token_log_probs(prompts.harmful),
-                host.first_token_log_probs(prompts.benign),
-            )
-            harmful = count_answers(host.answers(prompts.harmful, ANSWER_TOKENS))
-            progress.advance(len(prompts.harmful))
-            benign = count_answers(host.answers(prompts.benign, ANSWER_TOKENS))
-            progress.advance(len(prompts.benign))
-            answers[name] = harmful, benign
-    host_harmful, host_benign = first_tokens["host"]
-    _, adapter_benign = first_tokens["adapter"]
-    result = {}
-    for name, (harmful_log_probs, benign_log_probs) in first_tokens.items():
-        on_harmful, on_benign = answers[name]
-        result[name] = Behaviour(
-            harmful_refused=_count(on_harmful[Answer.REFUSAL]),
-            harmful_answered=_count(on_harmful[Answer.ANSWER]),
-            harmful_incoherent=_count(on_harmful[Answer.INCOHERENT]),
-            benign_refused=_count(on_benign[Answer.REFUSAL]),
-            harmful_kl_to_host=mean_kl(host_harmful, harmful_log_probs),
-            benign_kl_to_host=mean_kl(host_benign, benign_log_probs),
-            benign_kl_to_adapter=mean_kl(adapter_benign, benign_log_probs),
-            first_token_contrast=_contrast(harmful_log_probs, benign_log_probs),
+            harmful[name] = run_kind(host, prompts.harmful, ANSWER_TOKENS, progress.advance)
+            benign[name] = run_kind(host, prompts.benign, ANSWER_TOKENS, progress.advance)
+    return {
+        name: _behaviour(
+            score_kind(harmful[name], harmful["host"], harmful["adapter"]),
+            score_kind(benign[name], benign["host"], benign["adapter"]),
+            contrast(harmful[name].log_probs, benign[name].log_probs),
         )
-    return result
+        for name in models
+    }
 
 
-def _count(share: Share) -> Count:
-    low, high = share.interval
-    return Count(share.count, share.total, low, high)
-
-
-def _contrast(harmful: Tensor, benign: Tensor) -> float:
-    """Total variation distance between the mean distributions, in [0, 1]."""
-    return float((harmful.double().exp().mean(0) - benign.double().exp().mean(0)).abs().sum() / 2)
+def _behaviour(harmful: KindScore, benign: KindScore, first_token_contrast: float) -> Behaviour:
+    return Behaviour(
+        harmful_refused=harmful.strict.refused,
+        harmful_answered=harmful.strict.answered,
+        harmful_incoherent=harmful.strict.incoherent,
+        benign_refused=benign.strict.refused,
+        harmful_kl_to_host=harmful.kl_to_host,
+        benign_kl_to_host=benign.kl_to_host,
+        benign_kl_to_adapter=benign.kl_to_adapter,
+        first_token_contrast=first_token_contrast,
+    )

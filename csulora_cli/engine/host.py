@@ -19,6 +19,7 @@ from csulora_cli.text import printable, some
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
 BATCH_TOKENS = 1024
 GENERATE_TOKENS = 4096  # of prompts: a step of decoding costs nearly the same for one prompt as for many
+NLL_TOKENS = 512  # logits on every answer token of a batch take tokens x vocabulary
 # Templates that print today's date would give other bytes every day.
 _FIXED_DATE = datetime(2025, 1, 1, tzinfo=UTC)
 _DATE_CODES = "%a %A %b %B %c %d %-d %D %e %F %H %I %j %m %-m %M %p %S %T %u %w %x %X %y %Y %Z %z".split()
@@ -53,6 +54,10 @@ class Factors:
     def of(cls, module: LoraModule) -> "Factors":
         """The factors of a module as stored."""
         return cls(module.lora_a, module.lora_b, module.scale)
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 @dataclass
@@ -96,15 +101,40 @@ class Host:
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt as the first user turn, up to where the answer begins."""
         if self.has_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                tokenize=False,
-                date_string=_FIXED_DATE.strftime("%d %b %Y"),
-            )
-            # The template writes its own special tokens, BOS included.
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self._tokens(self._render([_turn("user", prompt)], opens_answer=True))
         return list(self.tokenizer(PLAIN_TEMPLATE.format(prompt=prompt))["input_ids"])
+
+    def encode_answer(self, prompt: str, response: str) -> list[int]:
+        """Token ids that `response` has behind `encode(prompt)`, as the chat template puts it, with the stop token."""
+        start = self.encode(prompt)
+        ids = self._behind(start, prompt, response)
+        stops = self._stop_ids()
+        answer = list(takewhile(lambda token: token not in stops, ids))
+        if len(answer) < len(ids):
+            return [*answer, ids[len(answer)]]
+        own = self.tokenizer.eos_token_id
+        return [*answer, own if own in stops or not stops else min(stops)]
+
+    def _behind(self, start: list[int], prompt: str, response: str) -> list[int]:
+        if not self.has_template:
+            return list(self.tokenizer(f" {response}", add_special_tokens=False)["input_ids"])
+        opened = self._render([_turn("user", prompt)], opens_answer=True)
+        whole = self._render([_turn("user", prompt), _turn("assistant", response)], opens_answer=False)
+        if not whole.startswith(opened):  # a template that opens an answer otherwise than it writes one
+            return self._tokens(response)
+        ids = self._tokens(whole)
+        # Where a token spans the border, the answer is cut as it would be generated: on its own.
+        return ids[len(start) :] if ids[: len(start)] == start else self._tokens(whole[len(opened) :])
+
+    def _render(self, turns: list[dict[str, str]], *, opens_answer: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=opens_answer, tokenize=False, date_string=_FIXED_DATE.strftime("%d %b %Y")
+        )
+        return text
+
+    def _tokens(self, text: str) -> list[int]:
+        # The template writes its own special tokens, BOS included.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def batches(self, token_lists: Sequence[Sequence[int]], limit: int = BATCH_TOKENS) -> Iterator["Batch"]:
         """Right-padded batches of similar lengths, at most `limit` tokens each (one prompt at least)."""
@@ -151,10 +181,33 @@ class Host:
                 rows[row] = log_probs[index]
         return torch.stack(rows)
 
-    def answers(self, token_lists: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
+    @torch.inference_mode()
+    def answer_nll(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+        """−Σ log p(answer token | prompt, answer tokens before), nats, of each answer, in the order given.
+
+        Only the logits in front of answer tokens are made, and one row at a time is widened to float32.
+        """
+        sums = [0.0] * len(prompts)
+        sequences = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        for batch in self.batches(sequences, NLL_TOKENS):
+            first = min(len(prompts[row]) for row in batch.rows) - 1  # predicts the first answer token of some row
+            positions = torch.arange(first, batch.ids.shape[1], device=self.device)
+            extra = {"logits_to_keep": positions} if self._takes_logits_to_keep else {}
+            logits = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra).logits
+            skipped = first if self._takes_logits_to_keep else 0
+            for index, row in enumerate(batch.rows):
+                start, stop = len(prompts[row]), len(sequences[row])
+                predicted = logits[index, start - 1 - skipped : stop - 1 - skipped].float()  # (answer, vocab)
+                sums[row] = float(nn.functional.cross_entropy(predicted, batch.ids[index, start:stop], reduction="sum"))
+        return sums
+
+    def answers(
+        self, token_lists: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None] | None = None
+    ) -> list[str]:
         """Greedy answers, decoded without special tokens, in the order given."""
         return [
-            self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in self.generate(token_lists, new_tokens)
+            self.tokenizer.decode(tokens, skip_special_tokens=True)
+            for tokens in self.generate(token_lists, new_tokens, advance)
         ]
 
     @torch.inference_mode()
