@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,34 +12,25 @@ import torch
 
 from csulora_cli import card, writer
 from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, describe, read_adapter
-from csulora_cli.checkpoint import CONFIG_NAME as MODEL_CONFIG_NAME
-from csulora_cli.checkpoint import Checkpoint, WeightMatch, match_weights, weight_files
+from csulora_cli.checkpoint import Checkpoint, WeightMatch, match_weights
 from csulora_cli.engine import effects, strength
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
-from csulora_cli.engine.host import (
-    Factors,
-    Host,
-    check_modules,
-    choose_device,
-    is_out_of_memory,
-    load_host,
-    solver_device,
-)
+from csulora_cli.engine.host import Factors, Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, HostError, InputError, ResourceError, UsageError, VerificationError
+from csulora_cli.errors import AdapterError, HostError, VerificationError
 from csulora_cli.files import parse_json_object, read_bytes, sha256_of
-from csulora_cli.locate import (
-    ADAPTER_FILES,
-    CODE_FILES,
-    MODEL_FILES,
-    RUN_FILES,
-    Location,
-    files_matching,
-    locate,
-    public_name,
+from csulora_cli.locate import ADAPTER_FILES, Location, locate
+from csulora_cli.opening import (
+    Recorder,
+    check_model_config,
+    locate_host,
+    model_files,
+    model_record,
+    open_host,
+    resource_errors,
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
 from csulora_cli.report import FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
@@ -67,42 +58,8 @@ def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixR
     Raises:
         CsuloraError: see `errors`; nothing is left behind.
     """
-    with _resource_errors():
-        return _Fix(settings, _Recorder(progress or Silent())).run()
-
-
-class _Recorder:
-    """Passes everything on to the caller's progress and keeps the warnings for the report."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.stage = progress.stage
-        self.advance = progress.advance
-        self._warn = progress.warn
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        self._warn(message)
-
-
-@contextmanager
-def _resource_errors() -> Iterator[None]:
-    """What the machine refuses, as our own errors: memory as ResourceError, files as ResourceError or InputError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise ResourceError("out of memory on the device", "Try --device cpu or --dtype bfloat16.") from None
-    except OSError as problem:
-        place = f" {printable(problem.filename)}" if problem.filename else ""
-        message = f"the system refuses{place}: {printable(problem.strerror or problem)}"
-        if problem.errno in writer.DISK_ERRORS:
-            raise ResourceError(message, "Free space or give another --out.") from None
-        raise InputError(message, "Check that the file exists and that you may read it.") from None
-    except (MemoryError, RuntimeError) as problem:
-        if not is_out_of_memory(problem):
-            raise
-        message = f"out of memory: {printable(problem)}" if str(problem) else "out of memory"
-        raise ResourceError(message, "Try --dtype bfloat16.") from None
+    with resource_errors():
+        return _Fix(settings, Recorder(progress or Silent())).run()
 
 
 # Recomputes what every module's stored factors do; given to `_finish` by the source that was used.
@@ -121,7 +78,7 @@ class _Solution:
 class _Fix:
     """One run of `fix_adapter`, stage by stage."""
 
-    def __init__(self, settings: FixSettings, progress: _Recorder) -> None:
+    def __init__(self, settings: FixSettings, progress: Recorder) -> None:
         self.settings = settings
         self.progress = progress
 
@@ -136,8 +93,8 @@ class _Fix:
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts) if self._needs_host else None
         self.progress.stage("models")
-        files = (*MODEL_FILES, *CODE_FILES) if settings.trust_remote_code else MODEL_FILES
-        self.host_at = self._locate_host(files)
+        files = model_files(settings.trust_remote_code)
+        self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
         with ExitStack() as stack:
             checkpoints = self._match(stack)
@@ -150,43 +107,23 @@ class _Fix:
     def _needs_host(self) -> bool:
         return self.settings.chosen_source is Source.PROMPTS or self.settings.is_auto
 
-    def _locate_host(self, files: Sequence[str]) -> Location:
-        named = self.adapter.base
-        if self.settings.base is None:
-            if named is None:
-                raise UsageError("the adapter does not name its base model", "Add --base MODEL.")
-            try:
-                return locate(named, files)
-            except InputError as problem:
-                raise HostError(
-                    f"the base model that the adapter names cannot be used: {problem.message}", "Add --base MODEL."
-                ) from None
-        host = locate(self.settings.base, files)
-        if named is not None and named not in (self.settings.base, host.repo_id) and Path(named).name != host.name:
-            self.progress.warn(
-                f"the adapter names {printable(public_name(named))} as its base; going on with {printable(host.label)}"
-            )
-        return host
-
     def _match(self, stack: ExitStack) -> list[tuple[Checkpoint, dict[str, WeightMatch]]]:
         """Open the checkpoints (headers only) and find every adapted module in them, before anything is loaded."""
         opened = []
         for location, role in ((self.host_at, "host"), (self.unaligned_at, "unaligned model")):
             if location is None:
                 continue
-            _check_model_config(location, role)
+            check_model_config(location, role)
             checkpoint = stack.enter_context(Checkpoint(location.folder, role))
             matches = match_weights(self.modules, checkpoint, bool(self.adapter.config.get("fan_in_fan_out")))
             opened.append((checkpoint, matches))
         return opened
 
     def _load_host(self) -> Host:
-        self.progress.stage("host")
-        host = load_host(self.host_at, self.device, self.settings.dtype, self.settings.trust_remote_code)
-        check_modules(host, self.modules)
-        if not host.has_template:
-            self.progress.warn("the host's tokenizer has no chat template; prompts are put as 'User: … Assistant:'")
-        return host
+        settings = self.settings
+        return open_host(
+            self.host_at, [self.modules], self.device, settings.dtype, settings.trust_remote_code, self.progress
+        )
 
     def _encode(self, host: Host, split: str) -> Encoded:
         assert self.prompts is not None
@@ -408,13 +345,12 @@ class _Fix:
         inputs = {"adapter": InputRecord(self.adapter_at.label, self.adapter_at.commit, self.adapter.sha256)}
         for role, location in (("host", self.host_at), ("unaligned", self.unaligned_at)):
             if location is not None:
-                files = [location.folder / MODEL_CONFIG_NAME, *weight_files(location.folder, role)]
-                if role == "host" and self.host is not None:
-                    files += files_matching(location.folder, RUN_FILES)
-                    if self.settings.trust_remote_code:
-                        files += files_matching(location.folder, CODE_FILES)
-                digests = {file.name: sha256_of(file) for file in files if file.exists()}
-                inputs[role] = InputRecord(location.label, location.commit, digests)
+                inputs[role] = model_record(
+                    location,
+                    role,
+                    is_run=role == "host" and self.host is not None,
+                    trust_remote_code=self.settings.trust_remote_code,
+                )
         if self.prompts is not None:
             inputs["prompts"] = InputRecord(self.prompts.name, None, {self.prompts.name: self.prompts.sha256})
         return inputs
@@ -435,18 +371,6 @@ class _Fix:
             used["dtype"] = str(self.host.model.dtype).removeprefix("torch.")
             used["chat_template"] = self.host.has_template
         return used
-
-
-def _check_model_config(location: Location, role: str) -> None:
-    path = location.folder / MODEL_CONFIG_NAME
-    if not path.exists():
-        return
-    config = parse_json_object(read_bytes(path, HostError), path, HostError)
-    if config.get("quantization_config"):
-        raise HostError(
-            f"the {role} {printable(location.given)} is quantised",
-            "Give the full-precision model that it was made from.",
-        )
 
 
 def _module_kinds(location: Location, trust_remote_code: bool) -> dict[str, str]:

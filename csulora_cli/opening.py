@@ -1,0 +1,136 @@
+"""What every command does before its own work: find the host, check it against the adapters, load it.
+
+Also what goes with it: warnings kept for the report, and what the machine refuses as errors of our own.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from csulora_cli import writer
+from csulora_cli.adapter import Adapter, LoraModule
+from csulora_cli.checkpoint import CONFIG_NAME, weight_files
+from csulora_cli.engine.host import Host, check_modules, is_out_of_memory, load_host
+from csulora_cli.engine.progress import Progress
+from csulora_cli.errors import HostError, InputError, ResourceError, UsageError
+from csulora_cli.files import parse_json_object, read_bytes, sha256_of
+from csulora_cli.locate import CODE_FILES, MODEL_FILES, RUN_FILES, Location, files_matching, locate, public_name
+from csulora_cli.report import InputRecord
+from csulora_cli.text import printable
+
+
+class Recorder:
+    """Passes everything on to the caller's progress and keeps the warnings for the report."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.stage = progress.stage
+        self.advance = progress.advance
+        self._warn = progress.warn
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        """Keep a warning and pass it on."""
+        self.warnings.append(message)
+        self._warn(message)
+
+
+@contextmanager
+def resource_errors() -> Iterator[None]:
+    """What the machine refuses, as our own errors: memory as ResourceError, files as ResourceError or InputError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ResourceError("out of memory on the device", "Try --device cpu or --dtype bfloat16.") from None
+    except OSError as problem:
+        place = f" {printable(problem.filename)}" if problem.filename else ""
+        message = f"the system refuses{place}: {printable(problem.strerror or problem)}"
+        if problem.errno in writer.DISK_ERRORS:
+            raise ResourceError(message, "Free space or give another place to write to.") from None
+        raise InputError(message, "Check that the file exists and that you may read it.") from None
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        message = f"out of memory: {printable(problem)}" if str(problem) else "out of memory"
+        raise ResourceError(message, "Try --dtype bfloat16.") from None
+
+
+def model_files(trust_remote_code: bool) -> tuple[str, ...]:
+    """Patterns of the files that make up a model, with its own code only where that may run."""
+    return (*MODEL_FILES, *CODE_FILES) if trust_remote_code else MODEL_FILES
+
+
+def locate_host(adapter: Adapter, base: str | None, files: Sequence[str], progress: Progress) -> Location:
+    """The host: `base`, or what the adapter names; warns where the two differ.
+
+    Raises:
+        UsageError: neither names one.
+        HostError: what the adapter names cannot be used.
+        InputError: `base` cannot be found.
+    """
+    named = adapter.base
+    if base is None:
+        if named is None:
+            raise UsageError("the adapter does not name its base model", "Add --base MODEL.")
+        try:
+            return locate(named, files)
+        except InputError as problem:
+            raise HostError(
+                f"the base model that the adapter names cannot be used: {problem.message}", "Add --base MODEL."
+            ) from None
+    host = locate(base, files)
+    if named is not None and named not in (base, host.repo_id) and Path(named).name != host.name:
+        progress.warn(
+            f"the adapter names {printable(public_name(named))} as its base; going on with {printable(host.label)}"
+        )
+    return host
+
+
+def check_model_config(location: Location, role: str) -> None:
+    """Refuse a quantised model before anything is loaded.
+
+    Raises:
+        HostError: it is quantised, or its config cannot be read.
+    """
+    path = location.folder / CONFIG_NAME
+    if not path.exists():
+        return
+    config = parse_json_object(read_bytes(path, HostError), path, HostError)
+    if config.get("quantization_config"):
+        raise HostError(
+            f"the {role} {printable(location.given)} is quantised",
+            "Give the full-precision model that it was made from.",
+        )
+
+
+def open_host(
+    location: Location,
+    adapters: Sequence[Sequence[LoraModule]],
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Host:
+    """Load the host and check that it has the modules of all adapters.
+
+    Raises:
+        HostError: it cannot be loaded, or does not fit an adapter.
+    """
+    progress.stage("host")
+    host = load_host(location, device, dtype, trust_remote_code)
+    for modules in adapters:
+        check_modules(host, modules)
+    if not host.has_template:
+        progress.warn("the host's tokenizer has no chat template; prompts are put as 'User: … Assistant:'")
+    return host
+
+
+def model_record(location: Location, role: str, *, is_run: bool, trust_remote_code: bool) -> InputRecord:
+    """Name, commit and hashes of a model: config and weights, and what shapes prompts and answers where it is run."""
+    files = [location.folder / CONFIG_NAME, *weight_files(location.folder, role)]
+    if is_run:
+        files += files_matching(location.folder, RUN_FILES)
+        if trust_remote_code:
+            files += files_matching(location.folder, CODE_FILES)
+    return InputRecord(location.label, location.commit, {file.name: sha256_of(file) for file in files if file.exists()})
