@@ -1,14 +1,16 @@
-"""Every setting of a repair, with its default, checked once. No torch in here: `--help` reads it."""
+"""Every setting of every command, with its default, checked once. No torch in here: `--help` reads it."""
 
 import re
 import tomllib
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from csulora_cli.errors import UsageError
+from csulora_cli.refusals import ANSWER_TOKENS
 from csulora_cli.text import printable
 
 
@@ -40,7 +42,7 @@ DEFAULT_TARGET = 0.05
 DEFAULT_GEOMETRY = Geometry.KEEP_OUT
 DEFAULT_WEIGHTS_STRENGTH = 1.0
 DEFAULT_SUBSPACE_ENERGY = 0.9
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -82,7 +84,7 @@ class FixSettings:
     source: Source | None = None
     prompts: Path | None = None
     geometry: Geometry | None = None
-    strength: float | str | None = None
+    strength: float | Literal["auto"] | None = None
     protect: float | None = None
     target: float | None = None
     subspace_energy: float | None = None
@@ -110,10 +112,7 @@ class FixSettings:
             _check("--subspace-energy", self.subspace_energy, 1e-6, 1)
         if self.subspace_rank is not None and self.subspace_rank < 1:
             raise UsageError(f"--subspace-rank is {self.subspace_rank}, not a whole number above 0")
-        if not DEVICES.fullmatch(self.device):
-            raise UsageError(f"--device is {printable(self.device)}", "Give auto, cpu, cuda, cuda:N or mps.")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype is {printable(self.dtype)}", f"Give one of {', '.join(DTYPES)}.")
+        check_machine(self.device, self.dtype)
 
     def _check_sources(self) -> None:
         if self.chosen_source is Source.WEIGHTS:
@@ -190,15 +189,88 @@ class FixSettings:
 MAX_STRENGTH = 1e6
 
 
+@dataclass(frozen=True)
+class EvalSettings:
+    """What `evaluate_adapters` is asked to do. Locations are local folders or Hub ids, as in `FixSettings`.
+
+    Attributes:
+        adapters: the adapter as trained, then any number of repairs of it.
+        base: the host; None takes it from the first adapter's config.
+        prompts: a JSONL file of harmful and benign prompts, of which the report split is scored; None takes the set
+            that ships with csulora.
+        task: a JSONL file of prompts and responses of the adapter's own task.
+        judge: a guard model that gives a second opinion on answers to harmful prompts.
+        judge_label: the label by which a text classifier calls an answer harmful; None finds it by its name.
+        answer_tokens: how many tokens of each answer are generated.
+        limit: score only the first so many prompts of each kind.
+        save_answers: a JSONL file to write every answer and its verdicts to.
+        overwrite: replace that file if it is there.
+        device, dtype, trust_remote_code: as in `FixSettings`, of the host and of the judge.
+
+    Raises:
+        UsageError: a value out of range, or one that nothing reads.
+    """
+
+    adapters: tuple[str, ...]
+    base: str | None = None
+    prompts: Path | None = None
+    task: Path | None = None
+    judge: str | None = None
+    judge_label: str | None = None
+    answer_tokens: int = ANSWER_TOKENS
+    limit: int | None = None
+    save_answers: Path | None = None
+    overwrite: bool = False
+    device: str = AUTO
+    dtype: str = AUTO
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.adapters or not all(self.adapters):
+            raise UsageError("no adapter given", "csulora eval ADAPTER REPAIRED --base MODEL")
+        if twice := [given for given in self.adapters if self.adapters.count(given) > 1]:
+            raise UsageError(f"{printable(twice[0])} is given twice", "Give every adapter once.")
+        _check("--answer-tokens", self.answer_tokens, 1, MAX_ANSWER_TOKENS)
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit is {self.limit}, not a whole number above 0")
+        if self.judge_label is not None and self.judge is None:
+            raise UsageError("--judge-label applies with --judge only", "Add --judge MODEL.")
+        if self.overwrite and self.save_answers is None:
+            raise UsageError("--overwrite applies with --save-answers only", "Add --save-answers FILE.")
+        check_machine(self.device, self.dtype)
+
+
+MAX_ANSWER_TOKENS = 4096
+# The tables of a config file; one file may hold the settings of several commands.
+TABLES: dict[str, type] = {"fix": FixSettings, "eval": EvalSettings}
+
+
+def check_machine(device: str, dtype: str) -> None:
+    """Check the spelling of --device and --dtype.
+
+    Raises:
+        UsageError: one of them is none that csulora knows.
+    """
+    if not DEVICES.fullmatch(device):
+        raise UsageError(f"--device is {printable(device)}", "Give auto, cpu, cuda, cuda:N or mps.")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype is {printable(dtype)}", f"Give one of {', '.join(DTYPES)}.")
+
+
 def _check(option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also false for NaN
         raise UsageError(f"{option} is {printable(value, 20)}, outside {low:g} to {high:g}")
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The `[fix]` table of a TOML file, as keyword arguments of `FixSettings`.
+def read_config_file(path: Path, command: str) -> dict[str, Any]:
+    """One command's table of a TOML file, as keyword arguments of its settings; tables of other commands are left.
 
-    An empty string stands for "not given", since TOML has no null. Unknown keys and wrong types are errors.
+    An empty string stands for "not given", since TOML has no null. Unknown keys and wrong types are errors. What a
+    command cannot do without stands on the command line, not here.
+
+    Args:
+        path: the file.
+        command: a key of `TABLES`.
 
     Raises:
         UsageError: no such file, not TOML, an unknown key or a value of the wrong type.
@@ -210,12 +282,16 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read --config {shown}: {printable(problem.strerror)}") from None
     except ValueError as problem:
         raise UsageError(f"--config {shown} is not TOML: {printable(problem)}") from None
-    if unknown := set(document) - {"fix"}:
-        raise UsageError(f"--config {shown} has unknown tables or keys: {printable(sorted(unknown))}", "Use [fix].")
-    table = document.get("fix", {})
+    if unknown := set(document) - set(TABLES):
+        raise UsageError(
+            f"--config {shown} has unknown tables or keys: {printable(sorted(unknown))}", f"Use [{command}]."
+        )
+    table = document.get(command, {})
     if not isinstance(table, dict):
-        raise UsageError(f"fix in --config {shown} is not a table", "Start it with [fix].")
-    known = {field.name for field in fields(FixSettings)}
+        raise UsageError(f"{command} in --config {shown} is not a table", f"Start it with [{command}].")
+    settings = TABLES[command]
+    hints = get_type_hints(settings)
+    known = {field.name for field in fields(settings) if field.default is not MISSING}
     result = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -224,42 +300,51 @@ def read_config_file(path: Path) -> dict[str, Any]:
                 f"--config {shown} has the unknown key {printable(key)}", f"Known keys: {', '.join(sorted(known))}."
             )
         if value != "":
-            result[name] = _typed(name, value, shown)
+            result[name] = _typed(value, hints[name], f"{name} in --config {shown}")
     return result
 
 
-_ENUMS: dict[str, type[StrEnum]] = {"source": Source, "geometry": Geometry, "rank": RankMode}
-_NUMBERS = {"protect", "target", "subspace_energy"}
-_FLAGS = {"trust_remote_code", "overwrite"}
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """One TOML value as the type of its field, which may be a union; None stands for "not given" and is no value.
+
+    Raises:
+        UsageError: it is of no type that the field takes.
+    """
+    is_union = get_origin(hint) in (Union, UnionType)
+    kinds = [kind for kind in (get_args(hint) if is_union else (hint,)) if kind is not NoneType]
+    for kind in kinds:
+        with suppress(_WrongTypeError):
+            return _converted(value, kind)
+    raise UsageError(f"{where} is {printable(value)}, not {' or '.join(_wanted(kind) for kind in kinds)}")
 
 
-def _typed(name: str, value: Any, shown: str) -> Any:
-    """One TOML value as the type of its field."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name in _ENUMS:
-        kind = _ENUMS[name]
-        if value in list(kind):
-            return kind(value)
-        wanted = " or ".join(kind)
-    elif name in _FLAGS:
-        if isinstance(value, bool):
-            return value
-        wanted = "true or false"
-    elif name == "strength":
-        if is_number or value == AUTO:
-            return value
-        wanted = "a number or auto"
-    elif name in _NUMBERS:
-        if is_number:
+class _WrongTypeError(Exception):
+    """A value is not of a type."""
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    if kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             with suppress(OverflowError):  # a whole number beyond all floats is no number that any setting takes
                 return float(value)
-        wanted = "a number"
-    elif name == "subspace_rank":
-        if type(value) is int:
+    elif get_origin(kind) is Literal:
+        if value in get_args(kind):
             return value
-        wanted = "a whole number"
-    else:
+    elif issubclass(kind, StrEnum):
+        if value in list(kind):
+            return kind(value)
+    elif kind is Path:
         if isinstance(value, str):
-            return Path(value) if name in ("out", "prompts") else value
-        wanted = "text"
-    raise UsageError(f"{name} in --config {shown} is {printable(value)}, not {wanted}")
+            return Path(value)
+    elif type(value) is kind:
+        return value
+    raise _WrongTypeError
+
+
+def _wanted(kind: Any) -> str:
+    """A type in the words of an error message."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if issubclass(kind, StrEnum):
+        return " or ".join(kind)
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")

@@ -136,7 +136,7 @@ def test_devices(device: str) -> None:
 def config(tmp_path: Path, text: str | bytes) -> dict[str, Any]:
     path = tmp_path / "fix.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_config_file(path)
+    return read_config_file(path, "fix")
 
 
 def refused_config(tmp_path: Path, text: str | bytes) -> str:
@@ -224,7 +224,7 @@ def test_a_number_beyond_all_bounds_is_refused(tmp_path: Path, key: str) -> None
     path = tmp_path / "fix.toml"
     path.write_text(f"[fix]\n{key} = {10**400}\n")
     with pytest.raises(UsageError) as caught:
-        FixSettings("a", **read_config_file(path), **(WEIGHTS if key == "subspace_energy" else {}))
+        FixSettings("a", **read_config_file(path, "fix"), **(WEIGHTS if key == "subspace_energy" else {}))
     assert_well_formed(caught.value)
 
 
@@ -238,7 +238,7 @@ def test_what_is_no_toml_is_refused(tmp_path: Path, text: str | bytes) -> None:
 def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing\n.toml", tmp_path):
         with pytest.raises(UsageError, match="cannot read") as caught:
-            read_config_file(path)
+            read_config_file(path, "fix")
         assert_well_formed(caught.value)
 
 
@@ -249,7 +249,7 @@ def test_default_toml_lists_every_setting_but_the_adapter() -> None:
 
 
 def test_default_toml_holds_the_defaults() -> None:
-    assert FixSettings("a", **read_config_file(DEFAULTS)) == FixSettings("a")
+    assert FixSettings("a", **read_config_file(DEFAULTS, "fix")) == FixSettings("a")
     table = tomllib.loads(DEFAULTS.read_text(encoding="utf-8"))["fix"]
     want = {field.name: "" if field.default is None else field.default for field in fields(FixSettings)}
     assert all(table[name] == want[name] and type(table[name]) is type(want[name]) for name in table)

@@ -166,7 +166,7 @@ def fix(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
-    values = read_config_file(config) if config is not None else {}
+    values = read_config_file(config, "fix") if config is not None else {}
     values.update({name: value for name, value in given.items() if value is not None})
     settings = FixSettings(**values)
     with console.progress(is_quiet) as progress:

@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from csulora_cli.adapter import LoraModule
@@ -26,7 +27,7 @@ _DATE_CODES = "%a %A %b %B %c %d %-d %D %e %F %H %I %j %m %-m %M %p %S %T %u %w 
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own bars and notes out of our output."""
     from transformers.utils import logging
 
@@ -126,10 +127,17 @@ class Host:
         # Where a token spans the border, the answer is cut as it would be generated: on its own.
         return ids[len(start) :] if ids[: len(start)] == start else self._tokens(whole[len(opened) :])
 
+    def encode_exchange(self, prompt: str, answer: str) -> list[int]:
+        """Token ids of a request and its answer, up to where the model speaks next: how guard models are asked."""
+        return self._tokens(self._render([_turn("user", prompt), _turn("assistant", answer)], opens_answer=True))
+
     def _render(self, turns: list[dict[str, str]], *, opens_answer: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=opens_answer, tokenize=False, date_string=_FIXED_DATE.strftime("%d %b %Y")
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=opens_answer, tokenize=False, date_string=_FIXED_DATE.strftime("%d %b %Y")
+            )
+        except TemplateError as problem:
+            raise HostError(f"the chat template of the model fails: {printable(problem)}") from None
         return text
 
     def _tokens(self, text: str) -> list[int]:
@@ -211,7 +219,7 @@ class Host:
         ]
 
     @torch.inference_mode()
-    @_quiet_transformers()
+    @quiet_transformers()
     def generate(
         self, token_lists: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None] | None = None
     ) -> list[list[int]]:
@@ -313,14 +321,17 @@ def solver_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def load_host(location: Location, device: torch.device, dtype: str, trust_remote_code: bool) -> Host:
-    """Load the host through transformers, without any adapter.
+def load_host(
+    location: Location, device: torch.device, dtype: str, trust_remote_code: bool, role: str = "host"
+) -> Host:
+    """Load the host (or a causal language model in another role) through transformers, without any adapter.
 
     Args:
         location: its folder.
         device: where to run it.
         dtype: auto (as stored; float32 in the place of float16 on the CPU), float32, bfloat16 or float16.
         trust_remote_code: let the host's own code run.
+        role: what the model is called in errors.
 
     Raises:
         HostError: transformers cannot load it.
@@ -330,9 +341,9 @@ def load_host(location: Location, device: torch.device, dtype: str, trust_remote
     folder = str(location.folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(folder, **options)
-            wanted = _choose_dtype(dtype, getattr(config, "dtype", None), device)
+            wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=wanted, use_safetensors=True, **options
@@ -343,7 +354,7 @@ def load_host(location: Location, device: torch.device, dtype: str, trust_remote
         hint = "Check that transformers can load it as a causal language model."
         if "trust_remote_code" in str(problem):
             hint = "It brings its own code: read it, then add --trust-remote-code."
-        raise HostError(f"cannot load the host {printable(location.given)}: {printable(problem)}", hint) from None
+        raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(problem)}", hint) from None
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
     model.generation_config = _stops_only(model.generation_config)
     return Host(model.to(device).eval(), tokenizer, device, bool(tokenizer.chat_template))
@@ -371,7 +382,8 @@ def _stops_only(theirs: Any) -> Any:
     return GenerationConfig(**{name: getattr(theirs, name, None) for name in names})
 
 
-def _choose_dtype(name: str, stored: Any, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, stored: Any, device: torch.device) -> torch.dtype:
+    """The dtype to run in; `auto` takes the stored one, but float32 in the place of float16 on the CPU."""
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
