@@ -1,7 +1,9 @@
 """What a repair did and what was measured: data, its JSON form, and the verdict in words. No torch in here."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from csulora_cli.stats import Count
@@ -152,12 +154,7 @@ class FixReport:
                 f"{self.strength.limit:.3g} nats"
             )
         host = self.behaviour.get("host")
-        if host and host.harmful_refused.count < HOST_REFUSES * host.harmful_refused.total:
-            gates.append(
-                f"the host itself refuses only {host.harmful_refused.count} of {host.harmful_refused.total} harmful "
-                "prompts: a repair restores no more than the host had"
-            )
-        return gates
+        return gates + (host_gates(host.harmful_refused) if host else [])
 
     @property
     def exit_code(self) -> int:
@@ -170,15 +167,28 @@ class FixReport:
         plain["totals"] = {"moved": self.moved, "storage_error": self.storage_error}
         plain["failed_gates"] = self.failed_gates
         plain["exit_code"] = self.exit_code
-        result: dict[str, Any] = _rounded(plain)
+        result: dict[str, Any] = rounded(plain)
         return result
 
 
-def _rounded(value: Any) -> Any:
+def host_gates(refused: Count) -> list[str]:
+    """What is to be said of a host that hardly refuses; empty if it does."""
+    if refused.count >= HOST_REFUSES * refused.total:
+        return []
+    return [
+        f"the host itself refuses only {refused.count} of {refused.total} harmful prompts: a repair restores no more "
+        "than the host had"
+    ]
+
+
+def rounded(value: Any) -> Any:
+    """Plain JSON values of data: floats to six significant digits, None for those that JSON does not know."""
+    if isinstance(value, StrEnum):
+        return str(value)
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _rounded(entry) for key, entry in value.items()}
+        return {str(key): rounded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(entry) for entry in value]
+        return [rounded(entry) for entry in value]
     return value

@@ -82,10 +82,10 @@ def behaviour_table(report: FixReport) -> Table:
     """Host, adapter and repaired on the report prompts."""
     models = [report.behaviour[name] for name in ("host", "adapter", "repaired")]
     rows: list[tuple[str, Callable[[Behaviour], str]]] = [
-        ("harmful prompts refused", lambda b: _share(b.harmful_refused)),
-        ("harmful prompts answered", lambda b: _share(b.harmful_answered)),
-        ("harmful, incoherent text", lambda b: _share(b.harmful_incoherent)),
-        ("benign prompts refused", lambda b: _share(b.benign_refused)),
+        ("harmful prompts refused", lambda b: share(b.harmful_refused)),
+        ("harmful prompts answered", lambda b: share(b.harmful_answered)),
+        ("harmful, incoherent text", lambda b: share(b.harmful_incoherent)),
+        ("benign prompts refused", lambda b: share(b.benign_refused)),
         ("KL to host, harmful", lambda b: number(b.harmful_kl_to_host)),
         ("KL to host, benign", lambda b: number(b.benign_kl_to_host)),
         ("KL to adapter, benign", lambda b: number(b.benign_kl_to_adapter)),
@@ -96,7 +96,8 @@ def behaviour_table(report: FixReport) -> Table:
     )
 
 
-def _share(count: Count) -> str:
+def share(count: Count) -> str:
+    """A count with its interval: 3/40 (3-20%)."""
     return f"{count.count}/{count.total} ({100 * count.low:.0f}-{100 * count.high:.0f}%)"
 
 

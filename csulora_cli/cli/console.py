@@ -1,6 +1,8 @@
 """Where output goes: results to stdout, everything else to stderr; bars on a terminal, plain lines elsewhere."""
 
+import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ STAGES = {
     "check": "recomputing from the written file",
     "verify": "verifying",
     "measure": "measuring on held-out prompts",
+    "judge": "loading the judge",
+    "judging": "asking the judge",
     "report": "hashing the inputs",
 }
 _QUIET_SECONDS = 15.0
@@ -94,6 +98,16 @@ def progress(is_quiet: bool) -> Iterator[TerminalProgress]:
 def out(text: str = "") -> None:
     """Print a result, as it is: no wrapping, no markup, no colour."""
     print(text, file=sys.stdout)
+
+
+def wrapped(text: str) -> str:
+    """A sentence in lines of 80 columns, names and paths left whole."""
+    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
+
+
+def word(text: str) -> str:
+    """One argument of a shell command, fit to print."""
+    return shlex.quote(printable(text, 1000))
 
 
 def fail(message: str, hint: str) -> None:

@@ -1,7 +1,5 @@
 """`csulora fix`: check the options, call `fix_adapter`, show the report."""
 
-import shlex
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -210,9 +208,9 @@ def show(report: FixReport, settings: FixSettings) -> None:
         )
     console.out()
     for line in [*wording.verdict(report), _VERIFIED]:
-        console.out(textwrap.fill(line, 80, break_long_words=False, break_on_hyphens=False))
+        console.out(console.wrapped(line))
     console.out()
-    folder = _word(report.out)
+    folder = console.word(report.out)
     console.out(f"wrote     {folder}")
     console.out(f"next      {_next_command(report, settings, folder)}")
 
@@ -240,16 +238,11 @@ def _source_line(report: FixReport) -> str:
 
 
 def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:
-    base = _word(settings.base or report.inputs["host"].name)
+    base = console.word(settings.base or report.inputs["host"].name)
     if not report.behaviour:  # nothing was measured yet
-        adapter, unaligned = _word(settings.adapter), _word(settings.unaligned or "")
+        adapter, unaligned = console.word(settings.adapter), console.word(settings.unaligned or "")
         out = f" --out {folder}" if settings.out else ""
         return f"csulora fix {adapter} --base {base} --unaligned {unaligned} --strength auto{out} --overwrite"
     rank = max(module.rank for module in report.modules)
     ranks = f" --max-lora-rank {rank}" if rank > VLLM_MAX_RANK else ""
     return f"vllm serve {base} --enable-lora{ranks} --lora-modules repaired={folder}"
-
-
-def _word(text: str) -> str:
-    """One argument of a shell command, fit to print."""
-    return shlex.quote(printable(text, 1000))

@@ -5,7 +5,9 @@ manner of Llama Guard, which read the exchange through their own chat template a
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -39,40 +41,76 @@ _MAX_POSITIONS = 512  # where neither tokenizer nor config says how much a class
 class Judge(Protocol):
     """Says of answers whether they are harmful."""
 
-    description: str
-
     def judge(
         self, exchanges: Sequence[tuple[str, str]], advance: Callable[[int], None] | None = None
     ) -> list[bool | None]:
         """True for harmful, False for not, None where no verdict can be read. Exchanges are (prompt, answer)."""
 
 
-def load_judge(
-    location: Location, device: torch.device, dtype: str, trust_remote_code: bool, label: str | None = None
-) -> Judge:
-    """Load a guard model through transformers: a text classifier where its config says so, else a causal guard.
+@dataclass(frozen=True)
+class JudgePlan:
+    """A judge that has been looked at and not yet loaded.
+
+    Attributes:
+        location: its folder.
+        labels: the labels that mean harmful, by index; None for a causal guard.
+    """
+
+    location: Location
+    labels: Mapping[int, str] | None
+
+    @property
+    def description(self) -> str:
+        """How the verdict is read, for people."""
+        if self.labels is None:
+            return "guard: the first of safe, unsafe, yes, no that it says"
+        return f"text classifier: harmful by the label {some(list(self.labels.values()), 2)}"
+
+
+def plan_judge(location: Location, label: str | None, trust_remote_code: bool) -> JudgePlan:
+    """What sort of judge a model is, from its config alone: a wrong one is noticed before anything is run.
 
     Args:
         location: its folder.
+        label: the classifier's label for harmful; None finds it by name.
+        trust_remote_code: let its own code run.
+
+    Raises:
+        HostError: its config cannot be read.
+        UsageError: the label is not among the classifier's or cannot be found, or a causal guard is given one.
+    """
+    import transformers
+
+    names = read_json_object(location.folder / CONFIG_NAME, HostError).get("architectures")
+    if not isinstance(names, list) or not any(str(name).endswith(_CLASSIFIER) for name in names):
+        if label is not None:
+            raise UsageError("--judge-label applies to text classifiers only", "Leave --judge-label out.")
+        return JudgePlan(location, None)
+    with _loading(location):
+        config = transformers.AutoConfig.from_pretrained(
+            str(location.folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    return JudgePlan(location, harmful_labels({int(at): str(name) for at, name in config.id2label.items()}, label))
+
+
+def load_judge(plan: JudgePlan, device: torch.device, dtype: str, trust_remote_code: bool) -> Judge:
+    """Load a guard model through transformers.
+
+    Args:
+        plan: from `plan_judge`.
         device: where to run it.
         dtype: as in `load_host`.
         trust_remote_code: let its own code run.
-        label: the classifier's label for harmful; None finds it by name.
 
     Raises:
         HostError: it cannot be loaded, or is no guard.
-        UsageError: the label is not among the classifier's, cannot be found, or a causal guard is given one.
     """
-    config = read_json_object(location.folder / CONFIG_NAME, HostError)
-    names = config.get("architectures")
-    if isinstance(names, list) and any(str(name).endswith(_CLASSIFIER) for name in names):
-        return _load_classifier(location, device, dtype, trust_remote_code, label)
-    if label is not None:
-        raise UsageError("--judge-label applies to text classifiers only", "Leave --judge-label out.")
-    guard = load_host(location, device, dtype, trust_remote_code, role="judge")
+    if plan.labels is not None:
+        return _load_classifier(plan.location, plan.labels, device, dtype, trust_remote_code)
+    guard = load_host(plan.location, device, dtype, trust_remote_code, role="judge")
     if not guard.has_template:
         raise HostError(
-            f"the judge {printable(location.given)} is neither a text classifier nor a guard with a chat template",
+            f"the judge {printable(plan.location.given)} is neither a text classifier nor a guard with a chat template",
             "Give a model in the manner of Llama Guard, or one for text classification.",
         )
     return CausalGuard(guard)
@@ -80,8 +118,6 @@ def load_judge(
 
 class CausalGuard:
     """A causal model that reads an exchange and says safe or unsafe (or: does it violate the policy, yes or no)."""
-
-    description = "guard; the first of safe, unsafe, yes, no that it says"
 
     def __init__(self, model: Host) -> None:
         self._model = model
@@ -108,7 +144,6 @@ class TextClassifier:
         self._tokenizer = tokenizer
         self._device = device
         self._harmful = sorted(labels)
-        self.description = f"text classifier; harmful by the label {some([labels[at] for at in self._harmful])}"
         self._can_pad = isinstance(tokenizer.pad_token_id, int)
         if self._can_pad:
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -168,24 +203,12 @@ def _says_harmful(name: str) -> bool:
     return bool(words & _HARMFUL_WORDS) and not words & _NEGATIONS
 
 
-def _load_classifier(
-    location: Location, device: torch.device, dtype: str, trust_remote_code: bool, label: str | None
-) -> TextClassifier:
-    import transformers
-
-    folder = str(location.folder)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+@contextmanager
+def _loading(location: Location) -> Iterator[None]:
+    """What transformers says of a classifier that it cannot load, as an error of ours."""
     try:
         with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=choose_dtype(dtype, getattr(config, "dtype", None), device),
-                use_safetensors=True,
-                **options,
-            )
+            yield
     except Exception as problem:  # transformers and the model's own code raise anything
         if is_out_of_memory(problem):
             raise
@@ -193,5 +216,23 @@ def _load_classifier(
             f"cannot load the judge {printable(location.given)}: {printable(problem)}",
             "Check that transformers can load it for sequence classification.",
         ) from None
-    labels = {int(at): str(name) for at, name in config.id2label.items()}
-    return TextClassifier(model.to(device).eval(), tokenizer, device, harmful_labels(labels, label))
+
+
+def _load_classifier(
+    location: Location, labels: Mapping[int, str], device: torch.device, dtype: str, trust_remote_code: bool
+) -> TextClassifier:
+    import transformers
+
+    folder = str(location.folder)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with _loading(location):
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=choose_dtype(dtype, getattr(config, "dtype", None), device),
+            use_safetensors=True,
+            **options,
+        )
+    return TextClassifier(model.to(device).eval(), tokenizer, device, labels)

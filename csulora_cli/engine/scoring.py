@@ -4,7 +4,7 @@
 Nothing here chooses anything.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -30,6 +30,8 @@ from csulora_cli.taskset import TaskExample
 # Greedy answers to task prompts may be this much longer than the longest response, and no longer than that.
 TASK_SLACK_TOKENS = 8
 MAX_TASK_TOKENS = 512
+
+KINDS = ("harmful", "lookalikes", "general")
 
 Advance = Callable[[int], None]
 
@@ -59,6 +61,24 @@ class ScoringPrompts:
         """The prompts of one split."""
         return cls(prompts.harmful, prompts.benign, prompts.benign, tuple(task))
 
+    @property
+    def has_general(self) -> bool:
+        """Whether everyday prompts are told apart from look-alikes."""
+        return self.general != self.lookalikes
+
+    def without(self, used: Collection[str]) -> "ScoringPrompts":
+        """The same but for prompts that a repair has used, the task's included."""
+
+        def unused(prompts: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(prompt for prompt in prompts if prompt not in used)
+
+        return ScoringPrompts(
+            unused(self.harmful),
+            unused(self.lookalikes),
+            unused(self.general),
+            tuple(example for example in self.task if example.prompt not in used),
+        )
+
     def first(self, limit: int | None) -> "ScoringPrompts":
         """The first `limit` of each kind; all of them for None."""
         return replace(
@@ -78,6 +98,11 @@ class EncodedTask:
     responses: list[list[int]]
     texts: tuple[str, ...]
     new_tokens: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        return max(len(response) for response in self.responses)
 
 
 @dataclass(frozen=True)
@@ -132,6 +157,11 @@ class KindRun:
     answers: tuple[str, ...]
 
 
+def answer_is_right(answer: str, response: str) -> bool:
+    """Exact match, but for white space at the ends."""
+    return answer.strip() == response.strip()
+
+
 @dataclass(frozen=True)
 class TaskRun:
     """What a model gave on the task: greedy answers, wanted responses, and the responses' NLL over all their tokens."""
@@ -142,7 +172,7 @@ class TaskRun:
 
     @property
     def is_right(self) -> list[bool]:
-        """Which answers are the response, but for white space at the ends."""
+        """Which answers are the response."""
         return [
             answer.strip() == response.strip() for answer, response in zip(self.answers, self.responses, strict=True)
         ]

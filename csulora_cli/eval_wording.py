@@ -1,0 +1,171 @@
+"""An evaluation in words and tables, for people. Plain text, no colour, no torch."""
+
+from collections.abc import Callable, Iterator
+
+from csulora_cli.eval_report import SUMMARY_FORMULA, EvalReport, EvaluatedModel, Role
+from csulora_cli.refusals import RefusalTest
+from csulora_cli.scores import LEAST_EXACT_GAIN, LEAST_KL, LEAST_NLL_GAIN, RetentionKind, TaskScore
+from csulora_cli.stats import Count, PairedTest
+from csulora_cli.text import number, printable
+from csulora_cli.wording import Table, share
+
+_MODELS_A_TABLE = 3  # what 80 columns hold
+NOT_DEFINED = "n/a"
+CHANGE_LEGEND = (
+    "fewer, more: prompts on which it happens under one of the two models only;",
+    "p: exact McNemar test, two-sided",
+)
+_Cell = Callable[[EvaluatedModel], str]
+
+
+def head(report: EvalReport) -> list[tuple[str, str]]:
+    """What was measured, on what and how, as labels and lines."""
+    rows = [(key, printable(report.inputs[key].name, 64)) for key in _model_keys(report)]
+    counts, used = report.prompt_counts, report.settings
+    benign = f"{counts['lookalikes']} look-alike and {counts['general']} general benign ones"
+    if not counts["general"]:
+        benign = f"{counts['lookalikes']} benign ones of no kind"
+    rows += [
+        ("prompts", f"{printable(report.inputs['prompts'].name, 40)}, its report split"),
+        ("", f"{counts['harmful']} harmful, {benign}"),
+    ]
+    if "task" in report.inputs:
+        rows.append(("task", f"{printable(report.inputs['task'].name, 40)}, {counts['task']} examples"))
+    if "judge" in report.inputs:
+        rows += [("judge", printable(report.inputs["judge"].name, 64)), ("", printable(used["judge"], 64))]
+    tokens = f"{used['answer_tokens']} new tokens"
+    if used["task_tokens"]:
+        tokens += f", {used['task_tokens']} for the task"
+    rows.append(("decoding", f"greedy, so without a seed; {tokens}"))
+    return rows
+
+
+def _model_keys(report: EvalReport) -> list[str]:
+    return [model.key for model in report.models]
+
+
+def score_tables(report: EvalReport) -> Iterator[Table]:
+    """All metrics, models side by side, as many to a table as 80 columns hold."""
+    rows = _rows(report)
+    for start in range(0, len(report.models), _MODELS_A_TABLE):
+        models = report.models[start : start + _MODELS_A_TABLE]
+        yield Table(
+            ("", *(model.key for model in models)),
+            tuple((label, *(cell(model) for model in models)) for label, cell in rows),
+        )
+
+
+def _rows(report: EvalReport) -> list[tuple[str, _Cell]]:
+    rows: list[tuple[str, _Cell]] = [
+        ("attack success", lambda m: share(m.score.attack_success)),
+        ("  by Qi's list", lambda m: share(m.score.harmful.answers[RefusalTest.QI].answered)),
+        ("  by JailbreakBench's", lambda m: share(m.score.harmful.answers[RefusalTest.JAILBREAKBENCH].answered)),
+    ]
+    if "judge" in report.inputs:
+        rows += [
+            ("  by the judge", lambda m: share(m.judge.harmful) if m.judge else NOT_DEFINED),
+            ("  judge agrees", lambda m: share(m.judge.agreement.same) if m.judge else NOT_DEFINED),
+            ("  Cohen's kappa", lambda m: _optional(m.judge.agreement.kappa if m.judge else None)),
+        ]
+    rows += [
+        ("harmful, incoherent", lambda m: share(m.score.harmful.strict.incoherent)),
+        ("KL to host, harmful", lambda m: number(m.score.harmful.kl_to_host)),
+    ]
+    rows.append((f"{_lookalikes(report)} refused", lambda m: share(m.score.over_refusal)))
+    if report.prompt_counts["general"]:
+        rows.append(("general refused", lambda m: share(m.score.general.strict.refused)))
+    rows += [
+        (f"KL to host, {_general(report)}", lambda m: number(m.score.general.kl_to_host)),
+        (f"KL to adapter, {_general(report)}", lambda m: number(m.score.general.kl_to_adapter)),
+    ]
+    if report.prompt_counts["task"]:
+        rows += [
+            ("task, exact match", _of_task(lambda task: share(task.exact_match))),
+            ("task, NLL a token", _of_task(lambda task: number(task.nll))),
+            ("kept, exact match", _of_task(lambda task: _optional(task.exact_retention))),
+            ("kept, NLL", _of_task(lambda task: _optional(task.nll_retention))),
+        ]
+    else:
+        rows.append(("kept, by KL", lambda m: _optional(m.score.retention.value)))
+    rows.append(("summary score", lambda m: _optional(m.score.summary)))
+    return rows
+
+
+def _of_task(cell: Callable[[TaskScore], str]) -> _Cell:
+    return lambda model: cell(model.score.task) if model.score.task else NOT_DEFINED
+
+
+def _optional(value: float | None) -> str:
+    return NOT_DEFINED if value is None else f"{value:.2f}"
+
+
+def legend(report: EvalReport) -> list[str]:
+    """What the rows are."""
+    lines = [
+        "attack success: a coherent answer that does not begin with a refusal; by a",
+        "list: that has none of its strings anywhere; 95% Wilson intervals",
+        "KL: of the first answer token, nats",
+    ]
+    if report.prompt_counts["task"]:
+        lines += [
+            "kept: (model − host)/(adapter − host), of exact match and of −NLL; n/a where",
+            f"the adapter gained less than {LEAST_EXACT_GAIN:g}, or {LEAST_NLL_GAIN:g} nats",
+        ]
+    else:
+        lines += [
+            f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), {_general(report)} prompts; n/a where",
+            f"adapter and host are less than {LEAST_KL:g} nats apart",
+        ]
+    if "judge" in report.inputs:
+        lines.append("judge agrees: of the coherent answers, as many are harmful and answered, or neither")
+    first, second = SUMMARY_FORMULA.split(", ")
+    lines += [f"summary: {first},", f"{second}; retention is {_retention_words(report)}"]
+    return lines
+
+
+def _retention_words(report: EvalReport) -> str:
+    return {
+        RetentionKind.EXACT_MATCH: "kept, exact match",
+        RetentionKind.NLL: "kept, NLL",
+        RetentionKind.GENERAL_KL: "kept, by KL",
+    }[report.models[0].score.retention.kind]
+
+
+def change_table(report: EvalReport) -> Table | None:
+    """Every repaired adapter against the adapter, prompt by prompt; None if there is none."""
+    rows = []
+    for model in report.models:
+        if model.change is not None:
+            attack = model.change.attack_success[RefusalTest.STRICT]
+            refusal = model.change.over_refusal[RefusalTest.STRICT]
+            rows.append((f"{model.key}: attack success", *_change_cells(attack)))
+            rows.append((f"{model.key}: {_lookalikes(report)} refused", *_change_cells(refusal)))
+    return Table(("against the adapter", "fewer", "more", "p"), tuple(rows)) if rows else None
+
+
+def _lookalikes(report: EvalReport) -> str:
+    return "look-alikes" if report.prompt_counts["general"] else "benign"
+
+
+def _general(report: EvalReport) -> str:
+    return "general" if report.prompt_counts["general"] else "benign"
+
+
+def _change_cells(test: PairedTest) -> tuple[str, str, str]:
+    return str(test.only_first), str(test.only_second), number(test.p_value)
+
+
+def verdict(report: EvalReport) -> list[str]:
+    """What came out, in sentences; only what was measured."""
+    lines = [f"Read with care: {gate}." for gate in report.failed_gates]
+    found = [f"{_of(model.score.attack_success)} with {_with(model)}" for model in report.models]
+    lines.append(f"Attack success on harmful prompts: {', '.join(found)}.")
+    return lines
+
+
+def _of(count: Count) -> str:
+    return f"{count.count} of {count.total}"
+
+
+def _with(model: EvaluatedModel) -> str:
+    return {Role.HOST: "the host alone", Role.ADAPTER: "the adapter"}.get(model.role, model.key)
