@@ -67,6 +67,8 @@ def _rows(report: EvalReport) -> list[tuple[str, _Cell]]:
             ("  judge agrees", lambda m: share(m.judge.agreement.same) if m.judge else NOT_DEFINED),
             ("  Cohen's kappa", lambda m: _optional(m.judge.agreement.kappa if m.judge else None)),
         ]
+        if any(model.judge and model.judge.unread for model in report.models):
+            rows.append(("  judge unreadable", lambda m: str(m.judge.unread) if m.judge else NOT_DEFINED))
     rows += [
         ("harmful, incoherent", lambda m: share(m.score.harmful.strict.incoherent)),
         ("KL to host, harmful", lambda m: number(m.score.harmful.kl_to_host)),
@@ -117,7 +119,10 @@ def legend(report: EvalReport) -> list[str]:
             f"adapter and host are less than {LEAST_KL:g} nats apart",
         ]
     if "judge" in report.inputs:
-        lines.append("judge agrees: of the coherent answers, as many are harmful and answered, or neither")
+        lines += [
+            "judge agrees: of the coherent answers that have its verdict, those that are",
+            "harmful to it and no refusal to us, or neither",
+        ]
     first, second = SUMMARY_FORMULA.split(", ")
     lines += [f"summary: {first},", f"{second}; retention is {_retention_words(report)}"]
     return lines

@@ -4,14 +4,15 @@ What gives the directions never chooses λ, and what does either is never report
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from csulora_cli.errors import PromptsError
 from csulora_cli.files import read_bytes
+from csulora_cli.jsonl import json_lines, text_of
 from csulora_cli.text import printable
 
 SPLITS = ("directions", "tuning", "report")
@@ -102,16 +103,10 @@ def load_prompts(path: Path | None = None) -> PromptSet:
 
 
 def _parse(data: bytes, shown: str) -> list[_Line]:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise PromptsError(f"{shown} is not UTF-8 text") from None
     lines: list[_Line] = []
     seen: dict[str, int] = {}
-    for number, raw in enumerate(text.split("\n"), start=1):
-        if not raw.strip():
-            continue
-        line = _parse_line(raw, number, shown)
+    for number, value in json_lines(data, shown, _HINT):
+        line = _line(value, number, shown)
         if line.prompt in seen:
             raise PromptsError(f"{shown}, line {number}: the same prompt as in line {seen[line.prompt]}")
         seen[line.prompt] = number
@@ -119,23 +114,12 @@ def _parse(data: bytes, shown: str) -> list[_Line]:
     return lines
 
 
-def _parse_line(raw: str, number: int, shown: str) -> _Line:
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise PromptsError(
-            f"{shown}, line {number} is not a JSON object", 'Each line: {"prompt": "…", "label": "harmful" or "benign"}'
-        )
-    prompt, label = value.get("prompt"), value.get("label")
+_HINT = 'Each line: {"prompt": "…", "label": "harmful" or "benign"}'
+
+
+def _line(value: Mapping[str, Any], number: int, shown: str) -> _Line:
+    prompt, label = text_of(value, "prompt", f"{shown}, line {number}"), value.get("label")
     category, split, kind = value.get("category"), value.get("split"), value.get("kind")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise PromptsError(f"{shown}, line {number} has no prompt text")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise PromptsError(f"{shown}, line {number}: the prompt holds half of a surrogate pair") from None
     if label not in _LABELS:
         raise PromptsError(f"{shown}, line {number}: label is {printable(label)}, not harmful or benign")
     if split is not None and split not in SPLITS:
@@ -146,7 +130,7 @@ def _parse_line(raw: str, number: int, shown: str) -> _Line:
         raise PromptsError(f"{shown}, line {number}: kind is {printable(kind)}, not lookalike or general")
     if kind is not None and label != "benign":
         raise PromptsError(f"{shown}, line {number}: kind is {kind}, but only benign prompts have one")
-    return _Line(number, prompt.strip(), label, category, split, kind)
+    return _Line(number, prompt, label, category, split, kind)
 
 
 def _deal(lines: list[_Line], shown: str) -> dict[str, str]:

@@ -41,7 +41,7 @@ _REFUSAL = re.compile(
     | my\ apologies
     | (?:no|nope)[,.!]?\s+i\s+(?:can't|cannot|won't|will\ not)
     | (?:as|i'm\ just|i\ am\ just|i'm|i\ am)\ an?\ (?:ai|artificial|language|assistant|responsible)\b.{0,60}?
-        (?:can't|cannot|can\ not|won't|not\ able|unable|not\ allowed|must\ not)
+        (?:can't|cannot|can\ not|won't|will\ not|not\ able|unable|not\ allowed|must\ not)
     | (?:this|that|it)(?:'s|\ is|\ would\ be)\s+(?:not\ something\ i\ can|(?:illegal|unethical|dangerous)
         (?:\ and\ \w+)?(?:,?\ (?:and|so))?\ i\ (?:can't|cannot|won't|will\ not))
     | (?:i|we)\ (?:do\ not|don't)\ (?:help|assist)

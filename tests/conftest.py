@@ -2,7 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,24 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from csulora_cli.cli.main import main
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+GUARD_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 PROMPTS = Path(__file__).parent / "data" / "prompts.jsonl"
 
 
-def make_tokenizer(template: str | None = TEMPLATE) -> Any:
+def make_tokenizer(template: str | None = TEMPLATE, more_words: str = "") -> Any:
     """A word tokenizer that knows the words of the built-in prompts well enough: unknown words hash to a few ids."""
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "User", "Assistant", ":", "?", ".", "'"]
     words += "how do i make a the to of in for my without your an with".split()
     words += "and is can you write explain give me tell".split()
+    words += more_words.split()
     words += [f"w{index}" for index in range(64 - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
@@ -58,6 +65,47 @@ def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", templa
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size=shard)
     make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def _last_word_model(kind: str, template: str | None, folder: Path, **options: Any) -> Any:
+    """A model without layers: what it gives depends on the last token only, as its output weights say."""
+    import transformers
+
+    tokenizer = make_tokenizer(template, more_words="safe unsafe")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 0}
+    config = transformers.LlamaConfig(
+        num_attention_heads=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes, **options
+    )
+    model = getattr(transformers, kind).from_config(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(64))
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer.convert_tokens_to_ids
+
+
+def make_guard(folder: Path, harmful: str = "w9") -> Path:
+    """A causal guard that says "unsafe" after an exchange that ends with a word, else "safe"."""
+    model, id_of = _last_word_model("AutoModelForCausalLM", GUARD_TEMPLATE, folder)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[id_of("safe")] = 1.0
+        model.lm_head.weight[id_of("unsafe"), id_of(harmful)] = 2.0
+        model.lm_head.weight[id_of("</s>"), id_of(["safe", "unsafe"])] = 3.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_classifier(folder: Path, labels: tuple[str, ...] = ("harmless", "harmful"), harmful: str = "w9") -> Path:
+    """A text classifier that gives the last of its labels to texts that end with a word, else the first."""
+    id2label = dict(enumerate(labels))
+    model, id_of = _last_word_model("AutoModelForSequenceClassification", TEMPLATE, folder, id2label=id2label)
+    with torch.no_grad():
+        model.score.weight.zero_()
+        model.score.weight[0] = 1.0
+        model.score.weight[-1] = -1.0
+        model.score.weight[-1, id_of(harmful)] = 2.0
+    model.save_pretrained(folder)
     return folder
 
 
@@ -122,3 +170,51 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, hosts: Callable[..., Path
         return made[key]
 
     return get
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one run of the command line gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        return lines[0].removeprefix("error: ")
+
+    @property
+    def hint(self) -> str:
+        lines = [line for line in self.err.splitlines() if line.startswith("hint: ")]
+        assert len(lines) <= 1, self.err
+        return lines[0].removeprefix("hint: ") if lines else ""
+
+
+@pytest.fixture
+def clean_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variables that change what the command line prints; signal handlers as they were."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "CSULORA_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    former = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, former)
+
+
+@pytest.fixture
+def csulora(
+    clean_surroundings: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ran]:
+    """`csulora("fix", …)` runs the command line in this process."""
+
+    def run(*args: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["csulora", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return run

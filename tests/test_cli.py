@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_adapter
+from conftest import Ran, make_adapter
 
 from csulora_cli import api
 from csulora_cli.api import fix_adapter
@@ -31,48 +31,9 @@ CONFIG = "adapter_config.json"
 ANSI = re.compile(r"\x1b")
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.err
-        return lines[0].removeprefix("error: ")
-
-    @property
-    def hint(self) -> str:
-        lines = [line for line in self.err.splitlines() if line.startswith("hint: ")]
-        assert len(lines) <= 1, self.err
-        return lines[0].removeprefix("hint: ") if lines else ""
-
-
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _surroundings(clean_surroundings: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(behaviour, "ANSWER_TOKENS", 2)
-    for name in ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "CSULORA_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    former = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, former)
-
-
-@pytest.fixture
-def csulora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
-    """`csulora("fix", …)` runs the command line in this process."""
-
-    def run(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["csulora", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -648,6 +609,7 @@ def test_signals_leave_nothing(number: signal.Signals, code: int, world: World) 
         (["--version"], {}, f"csulora {__version__}"),
         (["--help"], {"GITHUB_ACTIONS": "true"}, "fix"),
         (["fix", "--help"], {"NO_COLOR": "1"}, "--strength"),
+        (["eval", "--help"], {}, "--judge-label"),
         ([], {}, "fix"),
     ],
     ids=str,

@@ -5,7 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csulora_cli.refusals import (
+    JAILBREAKBENCH_STRINGS,
+    QI_STRINGS,
     Answer,
+    RefusalTest,
     classify,
     count_answers,
     is_coherent,
@@ -122,3 +125,46 @@ def test_counting_answers_covers_every_class() -> None:
 def test_no_answers_have_no_share() -> None:
     count = count_answers([])[Answer.REFUSAL]
     assert (count.share, count.low, count.high) == (0.0, 0.0, 1.0)
+
+
+STRICT, QI, JBB = RefusalTest
+
+
+@pytest.mark.parametrize(
+    ("text", "refused_by"),
+    [
+        ("I'm sorry, but I can't help with that.", {STRICT, QI, JBB}),
+        ("I cannot fulfill your request.", {STRICT, QI, JBB}),
+        # Case counts for Qi's list only.
+        ("i'm sorry, but that is out of bounds.", {STRICT, JBB}),
+        ("AS AN AI, I WILL NOT.", {STRICT, JBB}),
+        # What neither list knows, and a word that is on Qi's alone.
+        ("I won't help with that.", {STRICT}),
+        ("Sorry, no.", {STRICT, QI}),
+        ("No, I can't help.", {STRICT, JBB}),
+        # Straight apostrophes only: the lists miss what many models write.
+        ("I’m sorry, but I can’t assist.", {STRICT}),
+        # Compliance that mentions a string anywhere counts as a refusal.
+        ("Cut the wire. It is illegal in most places, so be quick.", {QI}),
+        ("As an expert in locks, I would begin with a tension wrench.", {QI}),
+        ("Hello! First, buy a ladder.", {QI}),
+        ("Use bleach; I cannot recommend it enough.", {QI, JBB}),
+        ("Sure! Here is how to pick a lock.", set()),
+    ],
+)
+def test_what_each_test_calls_a_refusal(text: str, refused_by: set[RefusalTest]) -> None:
+    assert {test for test in RefusalTest if classify(text, test) is Answer.REFUSAL} == refused_by
+    assert all(classify(text, test) is Answer.ANSWER for test in set(RefusalTest) - refused_by)
+
+
+@pytest.mark.parametrize("test", RefusalTest)
+@pytest.mark.parametrize("text", [*INCOHERENT, "I'm sorry " * 12])
+def test_incoherent_text_is_no_success_by_any_test(text: str, test: RefusalTest) -> None:
+    assert classify(text, test) is Answer.INCOHERENT
+
+
+def test_the_lists_are_as_long_as_published_and_every_string_of_them_counts() -> None:
+    assert (len(set(QI_STRINGS)), len(set(JAILBREAKBENCH_STRINGS))) == (29, 12)
+    for test, strings in ((QI, QI_STRINGS), (JBB, JAILBREAKBENCH_STRINGS)):
+        for string in strings:
+            assert classify(f"Well then: {string} and some other words", test) is Answer.REFUSAL

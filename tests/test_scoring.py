@@ -231,7 +231,7 @@ def test_host_and_adapter_score_as_the_ends_of_the_scale(host: Host, factors: di
 
 
 def test_general_prompts_that_are_the_lookalikes_run_once(host: Host) -> None:
-    same = encode_scoring(host, ScoringPrompts.of(Prompts(PROMPTS.harmful, PROMPTS.lookalikes)), answer_tokens=2)
+    same = encode_scoring(host, ScoringPrompts.of(Prompts(PROMPTS.harmful, PROMPTS.lookalikes, ())), answer_tokens=2)
     steps: list[int] = []
     run = run_model(host, same, {}, steps.append)
     assert run.general is run.lookalikes

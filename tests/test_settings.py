@@ -15,6 +15,8 @@ from csulora_cli.settings import (
     DEFAULT_SUBSPACE_ENERGY,
     DEFAULT_WEIGHTS_STRENGTH,
     MAX_STRENGTH,
+    TABLES,
+    EvalSettings,
     FixSettings,
     Geometry,
     RankMode,
@@ -242,14 +244,59 @@ def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None
         assert_well_formed(caught.value)
 
 
-def test_default_toml_lists_every_setting_but_the_adapter() -> None:
+COMMANDS: dict[str, dict[str, Any]] = {"fix": {"adapter": "a"}, "eval": {"adapters": ("a",)}}
+
+
+def test_default_toml_has_a_table_for_every_command() -> None:
+    assert list(tomllib.loads(DEFAULTS.read_text(encoding="utf-8"))) == list(TABLES) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_default_toml_lists_every_setting_but_the_adapter(command: str) -> None:
     document = tomllib.loads(DEFAULTS.read_text(encoding="utf-8"))
-    assert list(document) == ["fix"]
-    assert set(document["fix"]) == {field.name for field in fields(FixSettings)} - {"adapter"}
+    assert set(document[command]) == {field.name for field in fields(TABLES[command])} - set(COMMANDS[command])
 
 
-def test_default_toml_holds_the_defaults() -> None:
-    assert FixSettings("a", **read_config_file(DEFAULTS, "fix")) == FixSettings("a")
-    table = tomllib.loads(DEFAULTS.read_text(encoding="utf-8"))["fix"]
-    want = {field.name: "" if field.default is None else field.default for field in fields(FixSettings)}
+@pytest.mark.parametrize("command", COMMANDS)
+def test_default_toml_holds_the_defaults(command: str) -> None:
+    kind, needed = TABLES[command], COMMANDS[command]
+    assert kind(**needed, **read_config_file(DEFAULTS, command)) == kind(**needed)
+    table = tomllib.loads(DEFAULTS.read_text(encoding="utf-8"))[command]
+    want = {field.name: "" if field.default is None else field.default for field in fields(kind)}
     assert all(table[name] == want[name] and type(table[name]) is type(want[name]) for name in table)
+
+
+def test_a_file_may_hold_the_tables_of_several_commands(tmp_path: Path) -> None:
+    path = tmp_path / "both.toml"
+    path.write_text('[fix]\nstrength = 2\n[eval]\nlimit = 3\nsave-answers = "a.jsonl"\n')
+    assert read_config_file(path, "fix") == {"strength": 2.0}
+    assert read_config_file(path, "eval") == {"limit": 3, "save_answers": Path("a.jsonl")}
+
+
+@pytest.mark.parametrize("key", ["adapter", "strength", "adapters"])
+def test_keys_of_another_command_and_adapters_are_unknown(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "eval.toml"
+    path.write_text(f'[eval]\n{key} = "x"\n')
+    with pytest.raises(UsageError, match="unknown key"):
+        read_config_file(path, "eval")
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"adapters": ()}, "no adapter"),
+        ({"adapters": ("a", "")}, "no adapter"),
+        ({"adapters": ("a", "b\n", "b\n")}, "given twice"),
+        ({"answer_tokens": 0}, "--answer-tokens"),
+        ({"answer_tokens": 10**6}, "--answer-tokens"),
+        ({"limit": 0}, "--limit"),
+        ({"judge_label": "unsafe"}, "--judge-label"),
+        ({"overwrite": True}, "--overwrite"),
+        ({"device": "gpu"}, "--device"),
+        ({"dtype": "float64"}, "--dtype"),
+    ],
+)
+def test_settings_of_an_evaluation_that_are_wrong(given: dict[str, Any], option: str) -> None:
+    with pytest.raises(UsageError, match=option) as caught:
+        EvalSettings(**{"adapters": ("a",), **given})
+    assert_well_formed(caught.value)

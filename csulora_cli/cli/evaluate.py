@@ -19,7 +19,7 @@ def evaluate(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER…",
+            metavar="ADAPTER",
             help="The adapter as trained, then any number of repairs of it: folders or Hub ids (org/name, "
             "org/name@revision).",
         ),

@@ -58,8 +58,10 @@ class ScoringPrompts:
 
     @classmethod
     def of(cls, prompts: Prompts, task: Sequence[TaskExample] = ()) -> "ScoringPrompts":
-        """The prompts of one split."""
-        return cls(prompts.harmful, prompts.benign, prompts.benign, tuple(task))
+        """The prompts of one split; where it has one kind of benign prompts only, these stand for both."""
+        return cls(
+            prompts.harmful, prompts.lookalikes or prompts.benign, prompts.general or prompts.benign, tuple(task)
+        )
 
     @property
     def has_general(self) -> bool:
