@@ -11,18 +11,23 @@ from typing import Any
 import torch
 
 from csulora_cli import card, writer
-from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, describe, read_adapter
-from csulora_cli.checkpoint import Checkpoint, WeightMatch, match_weights
+from csulora_cli.adapter import Adapter, bind, describe, read_adapter, with_plain_init
+from csulora_cli.checkpoint import CONFIG_NAME as MODEL_CONFIG_NAME
+from csulora_cli.checkpoint import Checkpoint, WeightMatch, holds_weight, match_weights, read_weight
 from csulora_cli.engine import effects, strength
+from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
-from csulora_cli.engine.host import Factors, Host, choose_device, solver_device
+from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, HostError, VerificationError
+from csulora_cli.errors import AdapterError, HostError, UnsupportedError, VerificationError
 from csulora_cli.files import parse_json_object, read_bytes, sha256_of
-from csulora_cli.locate import ADAPTER_FILES, Location, locate
+from csulora_cli.formats.config import CONFIG_NAME
+from csulora_cli.formats.site import Site
+from csulora_cli.formats.structure import Structure, read_structure, structure_of
+from csulora_cli.locate import ADAPTER_FILES, locate
 from csulora_cli.opening import (
     Recorder,
     check_model_config,
@@ -33,9 +38,9 @@ from csulora_cli.opening import (
     resource_errors,
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
-from csulora_cli.report import FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
+from csulora_cli.report import CarriedRecord, FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
 from csulora_cli.settings import FixSettings, Source
-from csulora_cli.text import printable
+from csulora_cli.text import printable, some
 from csulora_cli.version import __version__
 
 # Below this many nats the adapter begins its answers to harmful prompts as the host does: there is nothing to repair.
@@ -66,6 +71,9 @@ def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixR
 _Effects = Callable[[Mapping[str, Factors]], list[effects.Effect]]
 
 
+_Matched = tuple[Checkpoint, dict[str, WeightMatch]]
+
+
 @dataclass(frozen=True)
 class _Solution:
     """What a source found: the factors in full precision, λ, and what it knows of the modules."""
@@ -89,15 +97,20 @@ class _Fix:
         self.out = settings.out or Path(f"{self.adapter_at.name}-csulora")
         writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
         self.adapter = read_adapter(self.adapter_at.folder)
-        self.modules = self.adapter.modules
+        self._structure: Structure | None = None
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts) if self._needs_host else None
         self.progress.stage("models")
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
+        if self.adapter.needs_structure:
+            self._bind(self._find_structure())
         with ExitStack() as stack:
             checkpoints = self._match(stack)
+            if self.adapter.needs_weights:
+                self._make_plain(stack)
+            self._look_at_carried(stack)
             self.host = self._load_host() if self._needs_host else None
             if settings.chosen_source is Source.WEIGHTS:
                 return self._finish(*self._weights(checkpoints))
@@ -107,23 +120,95 @@ class _Fix:
     def _needs_host(self) -> bool:
         return self.settings.chosen_source is Source.PROMPTS or self.settings.is_auto
 
-    def _match(self, stack: ExitStack) -> list[tuple[Checkpoint, dict[str, WeightMatch]]]:
-        """Open the checkpoints (headers only) and find every adapted module in them, before anything is loaded."""
+    def _find_structure(self) -> Structure:
+        """The host's modules, from its config unless the host is already loaded."""
+        if self._structure is None:
+            check_model_config(self.host_at, "host")
+            self._structure = read_structure(self.host_at.folder, self.host_at.given, self.settings.trust_remote_code)
+        return self._structure
+
+    def _bind(self, structure: Structure) -> None:
+        """Find the places of all tensors in the host."""
+        self._structure = structure
+        self.adapter = bind(self.adapter, structure)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What the solver sees of the adapter."""
+        return self.adapter.sites
+
+    def _match(self, stack: ExitStack) -> list[_Matched]:
+        """Open the checkpoints (headers only) and find every adapted weight in them, before anything is loaded."""
         opened = []
         for location, role in ((self.host_at, "host"), (self.unaligned_at, "unaligned model")):
             if location is None:
                 continue
             check_model_config(location, role)
             checkpoint = stack.enter_context(Checkpoint(location.folder, role))
-            matches = match_weights(self.modules, checkpoint, bool(self.adapter.config.get("fan_in_fan_out")))
-            opened.append((checkpoint, matches))
+            # What a model in memory has was checked above; on disk some weights are named or cut otherwise.
+            if self._structure is None or self.settings.chosen_source is Source.WEIGHTS:
+                opened.append((checkpoint, self._match_weights(checkpoint)))
         return opened
+
+    def _match_weights(self, checkpoint: Checkpoint) -> dict[str, WeightMatch]:
+        """The weights of all sites on disk."""
+        if self._structure is None and not self._is_named_as_on_disk(checkpoint):
+            self._bind(self._find_structure())
+        ties = None if self._structure is None else self._structure.ties
+        return match_weights(self.sites, checkpoint, bool(self.adapter.config.get("fan_in_fan_out")), ties)
+
+    def _is_named_as_on_disk(self, checkpoint: Checkpoint) -> bool:
+        """Whether names alone tell which weights are meant; else only the model in memory does, where there is one.
+
+        A file names a shared weight once, and some models are saved under other names than they have in memory.
+        """
+        has_config = (self.host_at.folder / MODEL_CONFIG_NAME).exists()
+        return not has_config or all(site.place.weight in checkpoint.tensors for site in self.sites)
+
+    def _make_plain(self, stack: ExitStack) -> None:
+        """Take the place of what PEFT would compute from the host's weights whenever it loads the adapter."""
+        host = stack.enter_context(Checkpoint(self.host_at.folder, "host"))
+        matches = self._oriented(self._match_weights(host))
+        self.adapter = with_plain_init(self.adapter, lambda name: read_weight(host, matches[name]))
+        if self._structure is not None:
+            self._bind(self._structure)
+
+    def _look_at_carried(self, stack: ExitStack) -> None:
+        """Compare what is carried with the host's own weights, and say (or refuse) what acts beside the updates."""
+        checkpoint = stack.enter_context(Checkpoint(self.host_at.folder, "host"))
+        ties = self._structure.ties if self._structure is not None else {}
+        records = []
+        for entry in self.adapter.carried:
+            if entry.weight is None:
+                effect = "training"
+            else:
+                is_copy = holds_weight(checkpoint, (entry.weight, *ties.get(entry.weight, ())), entry)
+                effect = "copy" if is_copy else "replaces"
+            records.append(CarriedRecord(entry.key, effect, entry.weight))
+        for target in self.adapter.targets:
+            if target.key_bias is not None:
+                records.append(CarriedRecord(target.key_bias, "bias", target.module))
+        self.carried = tuple(records)
+        active = [record.key for record in records if record.is_active]
+        if not active:
+            return
+        if self.settings.strict:
+            raise UnsupportedError(
+                f"--strict: the adapter carries {len(active)} tensors beside its low-rank updates: {some(active, 2)}",
+                "Leave --strict out to carry them as they are; what they do is not repaired.",
+            )
+        self.progress.warn(
+            f"{len(active)} tensors act beside the low-rank updates and are carried as they are, with any harm that "
+            f"they hold: {some(active, 2)}"
+        )
 
     def _load_host(self) -> Host:
         settings = self.settings
-        return open_host(
-            self.host_at, [self.modules], self.device, settings.dtype, settings.trust_remote_code, self.progress
+        host, (self.adapter,) = open_host(
+            self.host_at, [self.adapter], self.device, settings.dtype, settings.trust_remote_code, self.progress
         )
+        self._structure = structure_of(host.model)
+        return host
 
     def _encode(self, host: Host, split: str) -> Encoded:
         assert self.prompts is not None
@@ -139,14 +224,14 @@ class _Fix:
         protect = self.settings.chosen_protect
         directions = self._directions(host)
         path = PromptsPath(
-            host, self.modules, directions, protect, strength.PATH if fixed is None else [fixed], self.progress
+            host, self.sites, directions, protect, strength.PATH if fixed is None else [fixed], self.progress
         )
         record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
         factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
             return effects.prompt_effects(
-                host, self.modules, path.groups, stored, directions, protect, record.value, self.progress
+                host, self.sites, path.groups, stored, directions, protect, record.value, self.progress
             )
 
         return _Solution(factors, record, {}), of
@@ -157,14 +242,14 @@ class _Fix:
         if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
             return DirectionPrompts.of(prompts)
         self.progress.stage("answers", len(prompts.benign))
-        with host.adapted(self._unchanged()):
+        with host.adapted(Update.of(self.adapter)):
             return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, self.progress.advance))
 
-    def _weights(self, checkpoints: Sequence[tuple[Checkpoint, dict[str, WeightMatch]]]) -> tuple[_Solution, _Effects]:
+    def _weights(self, checkpoints: Sequence[_Matched]) -> tuple[_Solution, _Effects]:
         settings = self.settings
         host, unaligned = checkpoints
         self.displacements: dict[str, ModuleDisplacement] = measure_displacements(
-            self.modules,
+            self.sites,
             (host[0], self._oriented(host[1])),
             (unaligned[0], self._oriented(unaligned[1])),
             settings.chosen_energy,
@@ -172,14 +257,14 @@ class _Fix:
             solver_device(self.device),
             self.progress,
         )
-        path = WeightsPath(self.modules, self.displacements, settings.chosen_geometry, settings.chosen_rank)
+        path = WeightsPath(self.sites, self.displacements, settings.chosen_geometry, settings.chosen_rank)
         fixed = settings.fixed_strength
         record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
         factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
             return effects.weight_effects(
-                self.modules, stored, self.displacements, settings.chosen_geometry, record.value
+                self.sites, stored, self.displacements, settings.chosen_geometry, record.value
             )
 
         return _Solution(factors, record, path.truncation_error), of
@@ -188,23 +273,27 @@ class _Fix:
         """Settle square weights by the class of their modules, from a skeleton of the host without weights."""
         if all(match.is_transposed is not None for match in matches.values()):
             return matches
-        kinds = _module_kinds(self.host_at, self.settings.trust_remote_code)
+        modules = self._find_structure().modules
         return {
             name: match
             if match.is_transposed is not None
-            else replace(match, is_transposed=kinds.get(name) == "Conv1D")
+            else replace(match, is_transposed=name in modules and modules[name].is_conv1d)
             for name, match in matches.items()
         }
 
     def _unchanged(self) -> dict[str, Factors]:
-        return {module.name: Factors.of(module) for module in self.modules}
+        return {site.name: Factors.of(site) for site in self.sites}
+
+    def _update(self, factors: Mapping[str, Factors]) -> Update:
+        """Factors of the sites, with what the adapter carries along."""
+        return Update(factors, self.adapter.carried)
 
     def _search(self, path: PromptsPath | WeightsPath) -> StrengthRecord:
         """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does."""
         host = self.host
         assert host is not None
         self.progress.stage("strength")
-        judge = KlJudge(host, self._encode(host, "tuning"), self._unchanged())
+        judge = KlJudge(host, self._encode(host, "tuning"), Update.of(self.adapter))
         if not math.isfinite(judge.adapter_kl):
             raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
         limit = self.settings.chosen_target * judge.adapter_kl
@@ -215,9 +304,9 @@ class _Fix:
 
         def try_strength(value: float) -> strength.PathPoint:
             factors = path.repaired(value)
-            harmful_kl, benign_kl = judge.judge(factors)
+            harmful_kl, benign_kl = judge.judge(self._update(factors))
             self.progress.advance()
-            return strength.PathPoint(value, harmful_kl, benign_kl, effects.moved_share(self.modules, factors))
+            return strength.PathPoint(value, harmful_kl, benign_kl, effects.moved_share(self.sites, factors))
 
         found = strength.smallest_strength(try_strength, limit)
         points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.moved) for p in found.points)
@@ -235,15 +324,18 @@ class _Fix:
                     "Save the adapter in float32 first.",
                 )
             self._write_adapter(staging, tensors, config)
-            written = read_adapter(staging)
-            stored = {module.name: Factors.of(module) for module in written.modules}
-            if set(stored) != {module.name for module in self.modules}:
+            stored = {site.name: Factors.of(site) for site in self._reopened(staging).sites}
+            if set(stored) != {site.name for site in self.sites}:
                 raise VerificationError("the written file does not hold the modules of the adapter")
             records = self._verify(solution, stored, measure_effects(stored))
             behaviour = {}
             if self.host is not None and self.prompts is not None:
                 behaviour = measure_behaviour(
-                    self.host, self._encode(self.host, "report"), self._unchanged(), stored, self.progress
+                    self.host,
+                    self._encode(self.host, "report"),
+                    Update.of(self.adapter),
+                    self._update(stored),
+                    self.progress,
                 )
             self.progress.stage("report")
             report = self._report(solution.strength, records, behaviour, tensors)
@@ -258,8 +350,10 @@ class _Fix:
         return report
 
     def _write_adapter(self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-        (staging / WEIGHTS_NAME).write_bytes(writer.serialise(tensors))
-        if config == self.adapter.config:  # byte for byte, also its spacing and the order of its keys
+        (staging / self.adapter.dialect.weights_name).write_bytes(writer.serialise(tensors))
+        if (
+            config == self.adapter.config and not self.adapter.conversions
+        ):  # byte for byte, also its spacing and the order of its keys
             data = read_bytes(self.adapter_at.folder / CONFIG_NAME, AdapterError)
             if parse_json_object(data, self.adapter_at.folder / CONFIG_NAME, AdapterError) != config:
                 raise AdapterError("adapter_config.json changed while it was being repaired", "Run again.")
@@ -268,34 +362,38 @@ class _Fix:
             (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         writer.copy_companions(self.adapter_at.folder, staging)
 
+    def _reopened(self, folder: Path) -> Adapter:
+        written = read_adapter(folder)
+        return written if self._structure is None else bind(written, self._structure)
+
     def _verify(
         self, solution: _Solution, stored: Mapping[str, Factors], found: Sequence[effects.Effect]
     ) -> list[ModuleRecord]:
-        """Check the re-opened file against what was promised, module by module.
+        """Check the re-opened file against what was promised, site by site.
 
         Raises:
             VerificationError: an objective is above the one at Δ by more than rounding.
         """
         self.progress.stage("verify")
-        errors = writer.cast_error(self.modules, solution.factors, stored)
+        errors = writer.cast_error(self.sites, solution.factors, stored)
         records = []
-        for module, effect in zip(self.modules, found, strict=True):
+        for site, effect in zip(self.sites, found, strict=True):
             # At the minimum a rounding of relative size e adds e² to each of the objective's terms.
             weight = 1 + solution.strength.value + (self.settings.chosen_protect if self.host is not None else 0)
-            slack = 1e-9 + 4 * weight * (errors[module.name] + solution.truncation_error.get(module.name, 0.0)) ** 2
+            slack = 1e-9 + 4 * weight * (errors[site.name] + solution.truncation_error.get(site.name, 0.0)) ** 2
             if not effect.objective_after <= effect.objective_before * (1 + 1e-6) + slack:  # also for NaN
                 raise VerificationError(
-                    f"module '{printable(module.name)}' came out worse than it went in: objective "
+                    f"module '{printable(site.name)}' came out worse than it went in: objective "
                     f"{effect.objective_after:.6g} above {effect.objective_before:.6g}",
                     "Please report this with csulora's version and the adapter's name.",
                 )
-            records.append(self._record(module, effect, errors[module.name], solution))
+            records.append(self._record(site, effect, errors[site.name], solution))
         return records
 
-    def _record(self, module: LoraModule, effect: effects.Effect, error: float, solution: _Solution) -> ModuleRecord:
-        update, _ = effects.update_norms(module, Factors.of(module))
+    def _record(self, site: Site, effect: effects.Effect, error: float, solution: _Solution) -> ModuleRecord:
+        update, _ = effects.update_norms(site, Factors.of(site))
         record = ModuleRecord(
-            name=module.name,
+            name=site.name,
             rank=effect.rank,
             energy=update,
             moved=effect.moved,
@@ -305,11 +403,11 @@ class _Fix:
             objective_before=effect.objective_before,
             objective_after=effect.objective_after,
             storage_error=error,
-            truncation_error=solution.truncation_error.get(module.name),
+            truncation_error=solution.truncation_error.get(site.name),
         )
         if self.settings.chosen_source is Source.PROMPTS:
             return record
-        entry = self.displacements[module.name]
+        entry = self.displacements[site.name]
         return replace(
             record,
             directions=entry.directions.rank,
@@ -325,19 +423,30 @@ class _Fix:
         behaviour: Mapping[str, Any],
         tensors: Mapping[str, torch.Tensor],
     ) -> FixReport:
-        before = {key: t for m in self.modules for key, t in ((m.key_a, m.lora_a), (m.key_b, m.lora_b))}
+        before = self.adapter.tensors
+        carried = {record.key for record in self.carried}
         changed = sum(1 for key, tensor in tensors.items() if not torch.equal(tensor, before[key]))
+        counts = {
+            "changed": changed,
+            "unchanged": len(tensors) - changed - len(carried & tensors.keys()),
+            "carried": len(carried & tensors.keys()),
+            "dropped": len(before.keys() - tensors.keys()),
+            "total": len(before),
+        }
         return FixReport(
             version=__version__,
             out=str(self.out),
             adapter_summary=describe(self.adapter),
+            library=self.adapter.dialect.name,
             inputs=self._inputs(),
             settings=self._settings_used(strength_record.value),
             prompt_counts=_counts(self.prompts),
             strength=strength_record,
             modules=records,
             behaviour=behaviour,
-            tensors={"changed": changed, "unchanged": len(tensors) - changed, "total": len(tensors)},
+            tensors=counts,
+            conversions=self.adapter.conversions,
+            carried=self.carried,
             warnings=tuple(self.progress.warnings),
         )
 
@@ -371,24 +480,6 @@ class _Fix:
             used["dtype"] = str(self.host.model.dtype).removeprefix("torch.")
             used["chat_template"] = self.host.has_template
         return used
-
-
-def _module_kinds(location: Location, trust_remote_code: bool) -> dict[str, str]:
-    """Class names of all modules, from a model built on the meta device: no weights, no memory."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(location.folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as problem:
-        raise HostError(
-            f"cannot tell whether the square weights of {printable(location.given)} are stored transposed: "
-            f"{printable(problem)}"
-        ) from None
-    return {name: type(module).__name__ for name, module in model.named_modules()}
 
 
 def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:

@@ -1,11 +1,12 @@
-"""`rank_pattern` and `alpha_pattern` as PEFT reads them, with a time limit.
+"""The regular expressions of an adapter's config as PEFT reads them, with a time limit.
 
-PEFT (0.15 and later) takes the first key, in file order, for which `re.match(rf"(.*\\.)?({key})$", name)` holds; both
-dicts are searched independently. The keys of a downloaded adapter are untrusted regular expressions, so each search
-may take `MATCH_SECONDS` at the most.
+PEFT (0.15 and later) takes the first key of `rank_pattern` or `alpha_pattern`, in file order, for which
+`re.match(rf"(.*\\.)?({key})$", name)` holds; both dicts are searched independently. All patterns of a downloaded
+adapter are untrusted, so each search may take `MATCH_SECONDS` at the most.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import regex
 
@@ -29,21 +30,46 @@ def value_for(pattern: Mapping[str, float], name: str, default: float, field: st
         AdapterError: a key is no regular expression, or matching it takes too long.
     """
     for key, value in pattern.items():
-        if len(key) > MAX_KEY:
-            raise AdapterError(
-                f"{field} key '{printable(key, 80)}' has {len(key)} characters", f"At most {MAX_KEY} are read."
-            )
-        try:
-            if regex.match(rf"(.*\.)?({key})$", name, timeout=MATCH_SECONDS):
-                return value
-        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-            raise AdapterError(
-                f"{field} key '{printable(key)}' is no regular expression: {printable(error)}",
-                "Fix the key in adapter_config.json.",
-            ) from None
-        except TimeoutError:
-            raise AdapterError(
-                f"{field} key '{printable(key)}' takes more than {MATCH_SECONDS:g} s to match",
-                "Write the module's plain name as the key in adapter_config.json.",
-            ) from None
+        if _match(key, rf"(.*\.)?({key})$", name, f"{field} key"):
+            return value
     return default
+
+
+def matches_whole(pattern: str, name: str, field: str) -> bool:
+    """Whether a pattern matches all of a name.
+
+    Raises:
+        AdapterError: as `value_for`.
+    """
+    return _match(pattern, rf"(?:{pattern})\Z", name, field) is not None
+
+
+def first_match(patterns: Sequence[str], name: str, group: str, field: str) -> str | None:
+    """What a named group holds in the first of some patterns that matches the start of a name.
+
+    Raises:
+        AdapterError: as `value_for`.
+    """
+    for pattern in patterns:
+        if (found := _match(pattern, pattern, name, field)) is not None:
+            return str(found[group])
+    return None
+
+
+def _match(shown: str, pattern: str, name: str, field: str) -> Any:
+    if len(shown) > MAX_KEY:
+        raise AdapterError(
+            f"{field} '{printable(shown, 80)}' has {len(shown)} characters", f"At most {MAX_KEY} are read."
+        )
+    try:
+        return regex.match(pattern, name, timeout=MATCH_SECONDS)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise AdapterError(
+            f"{field} '{printable(shown)}' is no regular expression: {printable(error)}",
+            "Fix it in adapter_config.json.",
+        ) from None
+    except TimeoutError:
+        raise AdapterError(
+            f"{field} '{printable(shown)}' takes more than {MATCH_SECONDS:g} s to match",
+            "Write the module's plain name in its place in adapter_config.json.",
+        ) from None

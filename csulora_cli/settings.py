@@ -72,6 +72,7 @@ class FixSettings:
         revision: of the adapter on the Hub.
         trust_remote_code: let the host's own Python code run.
         overwrite: replace an existing output folder that holds an adapter.
+        strict: refuse an adapter that carries anything but low-rank updates.
 
     Raises:
         UsageError: a value out of range, or one that the chosen source does not read.
@@ -95,6 +96,7 @@ class FixSettings:
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not self.adapter:

@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small threads only wait for one another
 
+import convolution_host
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,6 +44,22 @@ def make_tokenizer(template: str | None = TEMPLATE, more_words: str = "") -> Any
     return fast
 
 
+# What each kind of host is: its config class, and what differs from the common sizes.
+HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {}),
+    "gemma3": ("Gemma3TextConfig", {"tie_word_embeddings": True, "head_dim": 8, "sliding_window": 64}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": ("Qwen3MoeConfig", {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8,
+    }),
+    "gpt-oss": ("GptOssConfig", {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 64,
+    }),
+}  # fmt: skip
+
+
 def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", template: str | None = TEMPLATE) -> Path:
     """A tiny random causal language model of some architecture, saved with its tokenizer."""
     import transformers
@@ -51,14 +68,15 @@ def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", templa
     common = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if kind == "gpt2":
         config: Any = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common)
+    elif kind == "convolution":
+        config = convolution_host.config(**common)
     else:
         sizes = {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "max_position_embeddings": 128, **common,
         }  # fmt: skip
-        tied = kind == "llama-tied"
-        name = {"llama": "LlamaConfig", "llama-tied": "LlamaConfig", "qwen2": "Qwen2Config"}[kind]
-        config = getattr(transformers, name)(tie_word_embeddings=tied, **sizes)
+        name, own = HOSTS[kind]
+        config = getattr(transformers, name)(**{"tie_word_embeddings": False, **sizes, **own})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at constants: move them too
@@ -120,8 +138,12 @@ def make_adapter(host: Path, folder: Path, seed: int = 1, dtype: torch.dtype = t
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+            elif "lora_" in name:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
+            elif parameter.requires_grad:  # trained as a whole: weights, biases, rows of an embedding
+                parameter.add_(0.1 * torch.randn_like(parameter))
     wrapped = wrapped.to(dtype)
     wrapped.save_pretrained(folder)
     return folder

@@ -109,6 +109,14 @@ def fix(
         bool | None,
         typer.Option("--overwrite", help="Replace an adapter in the output folder.", rich_help_panel=_OUTPUT),
     ] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict",
+            help="Refuse an adapter that carries full weights or biases, which a repair leaves as they are.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     is_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -159,6 +167,7 @@ def fix(
         "rank": rank,
         "out": out,
         "overwrite": overwrite,
+        "strict": strict,
         "device": device,
         "dtype": dtype,
         "revision": revision,
@@ -220,6 +229,8 @@ def _head(report: FixReport) -> list[tuple[str, str]]:
     rows = [("adapter", names["adapter"]), ("", report.adapter_summary), ("host", names["host"])]
     if "unaligned" in names:
         rows.append(("unaligned", names["unaligned"]))
+    rows += [("" if place else "rewritten", line) for place, line in enumerate(report.conversions)]
+    rows += [("carried" if not place else "", line) for place, line in enumerate(wording.carried_lines(report))]
     rows.append(("source", _source_line(report)))
     first, *more = wording.strength_lines(report)
     rows += [("strength", first), *(("", line) for line in more)]
@@ -243,6 +254,8 @@ def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:
         adapter, unaligned = console.word(settings.adapter), console.word(settings.unaligned or "")
         out = f" --out {folder}" if settings.out else ""
         return f"csulora fix {adapter} --base {base} --unaligned {unaligned} --strength auto{out} --overwrite"
+    if report.library == "mlx":
+        return f"mlx_lm.generate --model {base} --adapter-path {folder} --prompt 'Hello'"
     rank = max(module.rank for module in report.modules)
     ranks = f" --max-lora-rank {rank}" if rank > VLLM_MAX_RANK else ""
     return f"vllm serve {base} --enable-lora{ranks} --lora-modules repaired={folder}"

@@ -1,24 +1,27 @@
 """Source "prompts": the closest updates that fade on what the host reads in harmful prompts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors, Host, solver_device
+from csulora_cli.engine.attach import Factors
+from csulora_cli.engine.host import Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
     DirectionPrompts,
+    Form,
     InputGroup,
     Moments,
     collect_moments,
     group_bytes,
-    group_modules,
+    group_sites,
     iterate_chunks,
 )
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
-from csulora_cli.solver.attenuate import by_moments, by_tokens
+from csulora_cli.formats.site import Site
+from csulora_cli.solver.attenuate import by_diagonal, by_moments, by_tokens
 from csulora_cli.text import some
 
 
@@ -32,17 +35,17 @@ class PromptsPath:
     def __init__(
         self,
         host: Host,
-        modules: Sequence[LoraModule],
+        sites: Sequence[Site],
         prompts: DirectionPrompts,
         protect: float,
         strengths: Sequence[float],
         progress: Progress,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
     ) -> None:
-        self.modules = {module.name: module for module in modules}
+        self.sites = {site.name: site for site in sites}
         self.protect = protect
         self._device = solver_device(host.device)
-        self.groups = group_modules(host, list(self.modules), prompts.harmful.tokens[0])
+        self.groups = group_sites(host, sites, prompts.harmful.tokens[0])
         self._check_all_ran()
         self._moments: dict[InputGroup, Moments] = {}
         self._solved: dict[float, dict[str, Factors]] = {}
@@ -61,9 +64,9 @@ class PromptsPath:
 
     def _check_all_ran(self) -> None:
         ran = {name for group in self.groups for name in group.members}
-        if idle := sorted(set(self.modules) - ran):
+        if idle := sorted(set(self.sites) - ran):
             raise HostError(
-                f"{len(idle)} of {len(self.modules)} adapted modules never run on a text prompt: {some(idle, 2)}",
+                f"{len(idle)} of {len(self.sites)} adapted modules never run on a text prompt: {some(idle, 2)}",
                 "The prompts source cannot judge them; use --unaligned.",
             )
 
@@ -79,12 +82,9 @@ class PromptsPath:
 
     def _solve(self, group: InputGroup, moments: Moments, strength: float) -> dict[str, Factors]:
         """One factorisation for the stacked A's of all members."""
-        members = [self.modules[name] for name in group.members]
-        stacked = torch.cat([module.lora_a.to(self._device, torch.float64) for module in members])
-        solve = by_tokens if moments.are_tokens else by_moments
+        members = [self.sites[name] for name in group.members]
+        stacked = torch.cat([site.lora_a.to(self._device, torch.float64) for site in members])
+        solve = {Form.MOMENT: by_moments, Form.TOKENS: by_tokens, Form.DIAGONAL: by_diagonal}[moments.form]
         solved = solve(stacked, moments.harmful, moments.benign, self.protect, strength).float().cpu()
-        pieces = torch.split(solved, [module.rank for module in members])
-        return {
-            module.name: Factors(piece, module.lora_b, module.scale)
-            for module, piece in zip(members, pieces, strict=True)
-        }
+        pieces = torch.split(solved, [site.rank for site in members])
+        return {site.name: replace(Factors.of(site), lora_a=piece) for site, piece in zip(members, pieces, strict=True)}

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.checkpoint import Checkpoint, WeightMatch
-from csulora_cli.engine.host import Factors
+from csulora_cli.checkpoint import PRECISION, Checkpoint, WeightMatch, read_weight
+from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
+from csulora_cli.formats.site import Site
 from csulora_cli.settings import Geometry, RankMode
 from csulora_cli.solver.attenuate import by_directions, displacement_gains
 from csulora_cli.solver.displacement import Directions, leading_directions
@@ -19,13 +19,10 @@ from csulora_cli.solver.lowrank import truncate
 from csulora_cli.solver.split import split
 from csulora_cli.text import printable, some
 
-# Bits of the significand, the hidden one included: the spacing around w is 2^(exponent(w) - bits).
-_PRECISION = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
-
 
 @dataclass(frozen=True)
 class ModuleDisplacement:
-    """What the weights source knows of one module.
+    """What the weights source knows of one site.
 
     Attributes:
         directions: of D, float32 bases.
@@ -51,38 +48,38 @@ class WeightsPath:
 
     def __init__(
         self,
-        modules: Sequence[LoraModule],
+        sites: Sequence[Site],
         displacements: dict[str, ModuleDisplacement],
         geometry: Geometry,
         rank: RankMode,
     ) -> None:
-        self.modules = {module.name: module for module in modules}
+        self.sites = {site.name: site for site in sites}
         self.displacements = displacements
         self.geometry = geometry
         self.rank = rank
         self.truncation_error: dict[str, float] = {}
 
     def repaired(self, strength: float) -> dict[str, Factors]:
-        """The closest update at λ, by module name. A module without displacement stays as it is."""
-        return {name: self._solve(module, strength) for name, module in self.modules.items()}
+        """The closest update at λ, by name of the site. A site without displacement stays as it is."""
+        return {name: self._solve(site, strength) for name, site in self.sites.items()}
 
-    def _solve(self, module: LoraModule, strength: float) -> Factors:
-        directions = self.displacements[module.name].directions
+    def _solve(self, site: Site, strength: float) -> Factors:
+        directions = self.displacements[site.name].directions
         if directions.rank == 0 or strength == 0:
-            return Factors.of(module)
+            return Factors.of(site)
         if self.geometry is Geometry.KEEP_OUT:
-            gains = displacement_gains(directions.singular_values, module.in_features, directions.squared_total)
-            repaired = by_directions(module.lora_a, directions.right, gains, strength)
-            return Factors(repaired.float(), module.lora_b, module.scale)
-        parts = split(module.lora_b, module.lora_a, directions.left, directions.right)
+            gains = displacement_gains(directions.singular_values, site.in_features, directions.squared_total)
+            repaired = by_directions(site.lora_a, directions.right, gains, strength)
+            return replace(Factors.of(site), lora_a=repaired.float())
+        parts = split(site.lora_b, site.lora_a, directions.left, directions.right)
         columns, rows = parts.closest(strength)
-        wanted = module.rank if self.rank is RankMode.KEEP else min(2 * module.rank, *columns.shape[:1], rows.shape[1])
-        columns, rows, self.truncation_error[module.name] = truncate(columns, rows, wanted)
-        return Factors(rows.float(), columns.float(), module.scale)
+        wanted = site.rank if self.rank is RankMode.KEEP else min(2 * site.rank, *columns.shape[:1], rows.shape[1])
+        columns, rows, self.truncation_error[site.name] = truncate(columns, rows, wanted)
+        return replace(Factors.of(site), lora_a=rows.float(), lora_b=columns.float())
 
 
 def measure_displacements(
-    modules: Sequence[LoraModule],
+    sites: Sequence[Site],
     host: tuple[Checkpoint, dict[str, WeightMatch]],
     unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
     energy: float,
@@ -90,22 +87,22 @@ def measure_displacements(
     device: torch.device,
     progress: Progress,
 ) -> dict[str, ModuleDisplacement]:
-    """Stream both checkpoints once and keep the leading directions of every adapted module's displacement.
+    """Stream both checkpoints once and keep the leading directions of every adapted site's displacement.
 
     Args:
-        modules: the adapted modules.
-        host, unaligned: open checkpoints with the weight of every module.
+        sites: the adapted sites.
+        host, unaligned: open checkpoints with the weight of every site.
         energy: τ.
         rank: k, in the place of τ, or None.
         device: where the factorisations run.
-        progress: one step a module.
+        progress: one step a site.
 
     Raises:
         HostError: the two checkpoints do not differ, or a weight holds NaN or Inf.
     """
-    progress.stage("displacement", len(modules))
+    progress.stage("displacement", len(sites))
     result: dict[str, ModuleDisplacement] = {}
-    for pair in _pairs(modules, host, unaligned):
+    for pair in _pairs(sites, host, unaligned):
         found = leading_directions(pair.displacement.to(device), energy, rank)
         norm = found.squared_total**0.5 / pair.weight_norm if pair.weight_norm > 0 else 0.0
         result[pair.name] = ModuleDisplacement(_compact(found), norm, pair.noise_share)
@@ -131,15 +128,15 @@ def _compact(found: Directions) -> Directions:
 
 
 def _pairs(
-    modules: Sequence[LoraModule],
+    sites: Sequence[Site],
     host: tuple[Checkpoint, dict[str, WeightMatch]],
     unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
 ) -> Iterator[_Pair]:
     """Displacements in the order in which they lie on disk, the next one being read while one is used."""
     checkpoint, matches = host
-    ordered = sorted(modules, key=lambda module: _place(checkpoint, matches[module.name].tensor))
+    ordered = sorted(sites, key=lambda site: _place(checkpoint, matches[site.name].tensor))
     with ThreadPoolExecutor(max_workers=1) as reader:
-        following = [reader.submit(_read_pair, module, host, unaligned) for module in ordered[:1]]
+        following = [reader.submit(_read_pair, site, host, unaligned) for site in ordered[:1]]
         for index in range(len(ordered)):
             current = following.pop()
             if index + 1 < len(ordered):
@@ -152,35 +149,25 @@ def _place(checkpoint: Checkpoint, name: str) -> tuple[str, str]:
 
 
 def _read_pair(
-    module: LoraModule,
+    site: Site,
     host: tuple[Checkpoint, dict[str, WeightMatch]],
     unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
 ) -> _Pair:
-    weight, dtype = _read(module.name, *host)
-    other, other_dtype = _read(module.name, *unaligned)
+    (checkpoint, matches), (other_checkpoint, other_matches) = host, unaligned
+    weight, other = read_weight(checkpoint, matches[site.name]), read_weight(other_checkpoint, other_matches[site.name])
     displacement = weight - other
     if not bool(torch.isfinite(displacement).all()):
-        raise HostError(f"the weight of '{printable(module.name)}' holds NaN or Inf in the host or the unaligned model")
-    precision = min(_PRECISION.get(dtype, 24), _PRECISION.get(other_dtype, 24))
+        raise HostError(f"the weight of '{printable(site.name)}' holds NaN or Inf in the host or the unaligned model")
+    precision = min(
+        PRECISION[checkpoint.tensors[matches[site.name].tensor].dtype],
+        PRECISION[other_checkpoint.tensors[other_matches[site.name].tensor].dtype],
+    )
     return _Pair(
-        module.name,
+        site.name,
         displacement,
         float(torch.linalg.vector_norm(weight)),
         rounding_share(displacement, weight, precision),
     )
-
-
-def _read(name: str, checkpoint: Checkpoint, matches: dict[str, WeightMatch]) -> tuple[Tensor, str]:
-    """A module's weight as (out, in) in float32, and its stored dtype."""
-    match = matches[name]
-    stored = checkpoint.tensors[match.tensor]
-    if stored.dtype not in _PRECISION:
-        raise HostError(
-            f"'{printable(match.tensor)}' of the {checkpoint.role} is stored as {printable(stored.dtype)}",
-            "The weights source reads float32, float16 and bfloat16 checkpoints.",
-        )
-    weight = checkpoint.read(match.tensor).float()
-    return (weight.mT if match.is_transposed else weight), stored.dtype
 
 
 def rounding_share(displacement: Tensor, weight: Tensor, precision: int) -> float:

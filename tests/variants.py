@@ -1,0 +1,190 @@
+"""Good variants of adapters: what PEFT is asked to make, on which tiny host. `docs/formats.md` lists them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+QV = ["q_proj", "v_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One adapter.
+
+    Attributes:
+        group: the heading that it stands under.
+        host: of `conftest.make_host`.
+        options: of `conftest.make_adapter`.
+        change: what is done to the saved folder.
+    """
+
+    group: str
+    host: str
+    options: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[Path], None] | None = None
+
+
+def _config(**settings: Any) -> Any:
+    """`LoraConfig` settings that are objects in PEFT."""
+    kinds = {
+        "use_bdlora": peft.tuners.lora.config.BdLoraConfig,
+        "velora_config": peft.tuners.lora.config.VeloraConfig,
+        "monteclora_config": peft.tuners.lora.config.MontecloraConfig,
+    }
+    ((name, values),) = settings.items()
+    return kinds[name](**values)
+
+
+def _variants(group: str, host: str, cases: dict[str, dict[str, Any]], **common: Any) -> dict[str, Variant]:
+    return {f"{name} ({host})": Variant(group, host, {**common, **options}) for name, options in cases.items()}
+
+
+_SELECTION = {
+    "one module": {"target_modules": ["q_proj"]},
+    "several modules": {"target_modules": [*QV, "down_proj"]},
+    "full names": {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*\.1\.self_attn\.(q|o)_proj"},
+    "excluded names": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "mlp.up_proj"]},
+    "excluded by regex": {"target_modules": r".*_proj", "exclude_modules": r".*\.0\..*"},
+    "one layer": {"target_modules": QV, "layers_to_transform": 1},
+    "a list of layers": {"target_modules": QV, "layers_to_transform": [0, 1]},
+    "layers by pattern": {"target_modules": QV, "layers_to_transform": [0], "layers_pattern": "layers"},
+    "layers by two patterns": {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    "output layer": {"target_modules": ["lm_head"]},
+}
+_SCALES = {
+    "rank 1": {"r": 1},
+    "rank 3, alpha 9": {"r": 3, "lora_alpha": 9},
+    "rank above the width": {"r": 40, "lora_alpha": 40},
+    "alpha a fraction": {"lora_alpha": 2.5},
+    "alpha below zero": {"lora_alpha": -4},
+    "rsLoRA": {"use_rslora": True},
+    "rsLoRA, rank 5, alpha 3": {"use_rslora": True, "r": 5, "lora_alpha": 3},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}},
+    "rank_pattern by regex": {"rank_pattern": {r"layers\.1\..*": 6}},
+    "rank_pattern anchored": {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 7}},
+    "alpha_pattern": {"alpha_pattern": {"v_proj": 1}},
+    "alpha_pattern, two keys fit": {"alpha_pattern": {"layers.0.self_attn.q_proj": 20, "q_proj": 3}},
+    "both patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r".*\.0\..*": 5}},
+    "both patterns, rsLoRA": {"use_rslora": True, "rank_pattern": {"v_proj": 9}, "alpha_pattern": {"q_proj": 30}},
+}
+_STORED = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "float8_e5m2": {"dtype": torch.float8_e5m2},
+}
+_INITS = {
+    f"init {name}": {"init_lora_weights": name}
+    for name in (False, "gaussian", "orthogonal", "mica", "pissa", "olora")
+} | {
+    "init pissa, rsLoRA, patterns": {
+        "init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3},
+    },
+    "init olora, alpha 9": {"init_lora_weights": "olora", "lora_alpha": 9},
+}  # fmt: skip
+_EMBEDDINGS = {
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "embedding and layers": {"target_modules": ["embed_tokens", *QV]},
+    "embedding and output layer": {"target_modules": ["embed_tokens", "lm_head"]},
+    "embedding, rsLoRA, own rank": {
+        "target_modules": ["embed_tokens", "q_proj"], "use_rslora": True, "rank_pattern": {"embed_tokens": 7},
+    },
+    "embedding, own alpha": {"target_modules": ["embed_tokens"], "alpha_pattern": {"embed_tokens": 3}},
+}  # fmt: skip
+_TIED = {
+    "tied embedding": {"target_modules": ["embed_tokens"]},
+    "tied embedding, trained apart from the output layer": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "tied output layer": {"target_modules": ["lm_head", "v_proj"]},
+    "ensure_weight_tying without either": {"target_modules": QV, "ensure_weight_tying": True},
+}
+_CONVOLUTIONS = {
+    "convolution": {"target_modules": ["mix"]},
+    "convolution, rsLoRA": {"target_modules": ["mix"], "use_rslora": True, "r": 3},
+    "convolution, own rank and alpha": {
+        "target_modules": ["mix", "out"], "rank_pattern": {"mix": 7}, "alpha_pattern": {"mix": 2},
+    },
+    "convolution, linear and embedding": {"target_modules": ["mix", "out", "embed"]},
+    "convolution with a LoRA bias": {"target_modules": ["mix"], "lora_bias": True},
+}  # fmt: skip
+_PARAMETERS = {
+    "experts, first parameter": {"target_parameters": EXPERTS[:1]},
+    "experts, second parameter": {"target_parameters": EXPERTS[1:]},
+    "experts, both": {"target_parameters": EXPERTS},
+    "experts, other order": {"target_parameters": EXPERTS[::-1]},
+    "experts and layers": {"target_modules": QV, "target_parameters": EXPERTS},
+    "experts, rsLoRA": {"target_parameters": EXPERTS, "use_rslora": True},
+    "experts, own rank and alpha": {
+        "target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 6}, "alpha_pattern": {"gate_up_proj": 3},
+    },
+}  # fmt: skip
+_CARRIED = {
+    "modules_to_save, output layer": {"modules_to_save": ["lm_head"]},
+    "modules_to_save, embedding": {"modules_to_save": ["embed_tokens"]},
+    "modules_to_save, norms": {"modules_to_save": ["norm"]},
+    "trained tokens": {"trainable_token_indices": [3, 5, 40]},
+    "trained tokens by module": {"trainable_token_indices": {"embed_tokens": [7]}},
+    "trained tokens and lm_head": {"trainable_token_indices": [3], "modules_to_save": ["lm_head"]},
+    "VeLoRA": {"velora_config": _config(velora_config={})},
+    "MonteCLoRA": {"monteclora_config": _config(monteclora_config={})},
+}
+_BLOCKS = {
+    "BD-LoRA, blocks in A": {"target_modules_bd_a": QV},
+    "BD-LoRA, blocks in B": {"target_modules_bd_b": QV},
+    "BD-LoRA, blocks in both": {"target_modules_bd_a": ["v_proj"], "target_modules_bd_b": ["q_proj"]},
+}
+_BIASES = {
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only"},
+    "LoRA biases": {"lora_bias": True},
+    "LoRA biases, rsLoRA": {"lora_bias": True, "use_rslora": True},
+}
+_ROUTERS = {
+    "mixtral": {"router": {"target_parameters": ["mlp.gate.weight"]}},
+    "qwen3-moe": {"router and experts": {"target_parameters": ["mlp.gate.weight", *EXPERTS]}},
+    "gpt-oss": {"router": {"target_parameters": ["mlp.router.weight"]}},
+}
+
+GOOD: dict[str, Variant] = {
+    **_variants("Linear layers: which", "llama", _SELECTION),
+    **_variants("Linear layers: rank and scale", "llama", _SCALES, target_modules=QV),
+    **_variants("Linear layers: how stored", "llama", _STORED, target_modules=QV),
+    **_variants("Linear layers: how begun", "llama", _INITS, target_modules=QV),
+    **_variants("Other hosts", "qwen2", {"all-linear": {}, "rsLoRA": {"use_rslora": True}}),
+    **_variants("Other hosts", "gemma3", {"all-linear": {}, "alpha_pattern": {"alpha_pattern": {"q_proj": 1}}}),
+    **_variants("Other hosts", "gpt2", {
+        "Conv1D": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+        "Conv1D, init pissa": {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": "pissa"},
+        "Conv1D, rank_pattern": {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {r"h\.1.*": 2}},
+        "Conv1D and embedding": {"target_modules": ["c_attn", "wte"]},
+        "output layer": {"target_modules": ["lm_head", "c_attn"]},
+    }),
+    **_variants("Other hosts", "mixtral", {"attention": {"target_modules": QV}}),
+    **_variants("Embeddings and output layers", "llama", _EMBEDDINGS),
+    **_variants("Embeddings and output layers", "llama-tied", _TIED),
+    **_variants("Embeddings and output layers", "gemma3", {"scaled embedding": {"target_modules": ["embed_tokens"]}}),
+    **_variants("Convolutions", "convolution", _CONVOLUTIONS),
+    **_variants("Parameters", "mixtral", _PARAMETERS, target_modules=[]),
+    **_variants("Parameters", "qwen3-moe", {"experts, both": _PARAMETERS["experts, both"]}, target_modules=[]),
+    **_variants("Parameters", "gpt-oss", {
+        name: _PARAMETERS[name] for name in ("experts, first parameter", "experts, both", "experts, own rank and alpha")
+    }, target_modules=[]),
+    **{name: variant for host, cases in _ROUTERS.items()
+       for name, variant in _variants("Parameters", host, cases, target_modules=[]).items()},
+    **_variants("Carried along", "llama", _CARRIED, target_modules=QV),
+    **_variants("Carried along", "llama-tied", {
+        "trained tokens, tied": {"trainable_token_indices": [3, 9]},
+        "modules_to_save, tied embedding": {"modules_to_save": ["embed_tokens"]},
+        "modules_to_save, both ends tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    }, target_modules=QV),
+    **_variants("Carried along", "qwen2", _BIASES, target_modules=QV),
+    **{name: variant for case, blocks in _BLOCKS.items() for name, variant in _variants(
+        "Rewritten as plain LoRA", "llama",
+        {case: {"use_bdlora": _config(use_bdlora={**blocks, "nblocks": 2})}}, target_modules=QV).items()},
+}  # fmt: skip
