@@ -40,7 +40,17 @@ class Content:
 
 def convert(content: Content) -> Content:
     """All conversions that need no host."""
-    return _with_dense_blocks(_with_wider_dtypes(with_canonical_keys(content)))
+    return _with_dense_blocks(_with_wider_dtypes(with_canonical_keys(_without_null_patterns(content))))
+
+
+def _without_null_patterns(content: Content) -> Content:
+    """`{}` in the place of null, which PEFT cannot load."""
+    nulls = [field for field in ("rank_pattern", "alpha_pattern") if content.config.get(field, {}) is None]
+    if not nulls:
+        return content
+    empty: dict[str, Any] = {field: {} for field in nulls}
+    words = f"{' and '.join(nulls)} empty in the place of null"
+    return Content({**content.config, **empty}, content.tensors, (*content.conversions, words))
 
 
 def _with_wider_dtypes(content: Content) -> Content:
