@@ -18,8 +18,9 @@ from csulora_cli.errors import AdapterError
 from csulora_cli.files import MAX_JSON_BYTES, parse_json_object, read_bytes
 from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.config import CONFIG_NAME, DERIVED_INITS
-from csulora_cli.formats.conversions import Content, without_initial
+from csulora_cli.formats.conversions import Content, without_initial, without_magnitudes
 from csulora_cli.formats.dialect import PEFT, Dialect, dialect_of
+from csulora_cli.formats.magnitude import gain_of
 from csulora_cli.formats.site import Kind, Site
 from csulora_cli.formats.structure import Structure
 from csulora_cli.formats.targets import Target, describe_sites, tied
@@ -80,13 +81,19 @@ class Adapter:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether the update depends on the host's weights."""
-        return self.config.get("init_lora_weights") in DERIVED_INITS
+        """Whether the update depends on the host's weights, and has not been computed from them yet."""
+        return self.config.get("init_lora_weights") in DERIVED_INITS or any(
+            target.magnitude is not None and site.gain is None for target in self.targets for site in target.sites
+        )
 
     @property
     def needs_structure(self) -> bool:
         """Whether names alone do not tell where in the host every tensor belongs."""
-        known = {key for target in self.targets for key in (target.key_a, target.key_b, target.key_bias)}
+        known = {
+            key
+            for target in self.targets
+            for key in (target.key_a, target.key_b, target.key_bias, target.key_magnitude)
+        }
         if any(not target.sites for target in self.targets):
             return True
         return not known.issuperset(self.tensors) or any(t.layout.kind is not Kind.LINEAR for t in self.targets)
@@ -141,17 +148,36 @@ def bind(adapter: Adapter, structure: Structure) -> Adapter:
     return bound
 
 
-def with_plain_init(adapter: Adapter, weight_of: Callable[[str], Tensor]) -> Adapter:
-    """The adapter without factors that PEFT would compute from the base weights (PiSSA, OLoRA).
+def with_weights(adapter: Adapter, structure: Structure, weight_of: Callable[[Site], Tensor]) -> Adapter:
+    """A bound adapter whose updates no longer depend on the host's weights.
+
+    PiSSA and OLoRA become plain LoRA; the sites of DoRA get their gains.
 
     Args:
-        adapter: a read or bound one.
-        weight_of: a site's weight in the host as (out, in), by the site's name.
+        adapter: a bound one.
+        structure: what it is bound to.
+        weight_of: a site's weight in the host as (out, in).
 
     Raises:
         UnsupportedError: see `conversions.without_initial`.
     """
-    return _with(adapter, without_initial(adapter.content, adapter.targets, weight_of))
+    if adapter.config.get("init_lora_weights") in DERIVED_INITS:
+        adapter = bind(_with(adapter, without_initial(adapter.content, adapter.targets, weight_of)), structure)
+    return replace(adapter, targets=tuple(_with_gain(target, weight_of) for target in adapter.targets))
+
+
+def _with_gain(target: Target, weight_of: Callable[[Site], Tensor]) -> Target:
+    if target.magnitude is None:
+        return target
+    (site,) = target.sites
+    gain = gain_of(weight_of(site), site.lora_a, site.lora_b, site.scale, target.magnitude)
+    lora_b = (gain[:, None] * site.lora_b.double()).float()
+    return replace(target, sites=(replace(site, lora_b=lora_b, gain=gain),))
+
+
+def with_merged_magnitudes(adapter: Adapter, structure: Structure, weight_of: Callable[[Site], Tensor]) -> Adapter:
+    """A bound adapter whose DoRA updates are replaced by the best plain ones of the same rank, magnitudes included."""
+    return bind(_with(adapter, without_magnitudes(adapter.content, adapter.targets, weight_of)), structure)
 
 
 def _with(adapter: Adapter, content: Content) -> Adapter:

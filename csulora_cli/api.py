@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from csulora_cli import card, writer
-from csulora_cli.adapter import Adapter, bind, describe, read_adapter, with_plain_init
+from csulora_cli.adapter import Adapter, bind, describe, read_adapter, with_merged_magnitudes, with_weights
 from csulora_cli.checkpoint import CONFIG_NAME as MODEL_CONFIG_NAME
 from csulora_cli.checkpoint import Checkpoint, WeightMatch, holds_weight, match_weights, read_weight
 from csulora_cli.engine import effects, strength
-from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.attach import Factors, Update, weight_of
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded
@@ -39,7 +39,7 @@ from csulora_cli.opening import (
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
 from csulora_cli.report import CarriedRecord, FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
-from csulora_cli.settings import FixSettings, Source
+from csulora_cli.settings import DoraMode, FixSettings, Source
 from csulora_cli.text import printable, some
 from csulora_cli.version import __version__
 
@@ -98,6 +98,7 @@ class _Fix:
         writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
         self.adapter = read_adapter(self.adapter_at.folder)
         self._structure: Structure | None = None
+        self._weight_of: Callable[[Site], torch.Tensor] | None = None
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts) if self._needs_host else None
         self.progress.stage("models")
@@ -109,7 +110,7 @@ class _Fix:
         with ExitStack() as stack:
             checkpoints = self._match(stack)
             if self.adapter.needs_weights:
-                self._make_plain(stack)
+                self._use_weights(stack)
             self._look_at_carried(stack)
             self.host = self._load_host() if self._needs_host else None
             if settings.chosen_source is Source.WEIGHTS:
@@ -165,13 +166,35 @@ class _Fix:
         has_config = (self.host_at.folder / MODEL_CONFIG_NAME).exists()
         return not has_config or all(site.place.weight in checkpoint.tensors for site in self.sites)
 
-    def _make_plain(self, stack: ExitStack) -> None:
-        """Take the place of what PEFT would compute from the host's weights whenever it loads the adapter."""
+    def _use_weights(self, stack: ExitStack) -> None:
+        """Make the updates independent of the host's weights, as far as they depend on them."""
         host = stack.enter_context(Checkpoint(self.host_at.folder, "host"))
+        structure = self._find_structure()
+        self._bind(structure)
         matches = self._oriented(self._match_weights(host))
-        self.adapter = with_plain_init(self.adapter, lambda name: read_weight(host, matches[name]))
-        if self._structure is not None:
-            self._bind(self._structure)
+
+        def weight(site: Site) -> torch.Tensor:
+            return read_weight(host, matches[site.name])
+
+        self._weight_of = weight
+        if any(target.magnitude is not None for target in self.adapter.targets):
+            self._look_at_magnitudes(structure, weight)
+        self.adapter = with_weights(self.adapter, structure, weight)
+
+    def _look_at_magnitudes(self, structure: Structure, weight: Callable[[Site], torch.Tensor]) -> None:
+        if self.settings.dora is DoraMode.REFUSE or self.settings.strict:
+            option = "--strict" if self.settings.strict else "--dora refuse"
+            raise UnsupportedError(
+                f"{option}: the adapter uses DoRA, whose magnitudes scale the host's weights",
+                "With --dora keep they stay and the update beside them is repaired; see also --dora merge-svd.",
+            )
+        if self.settings.dora is DoraMode.MERGE_SVD:
+            self.adapter = with_merged_magnitudes(self.adapter, structure, weight)
+            return
+        self.progress.warn(
+            "the adapter uses DoRA: the gain that its magnitudes give each row of the host's weights stays, whatever "
+            "harm it holds; the update beside it is repaired"
+        )
 
     def _look_at_carried(self, stack: ExitStack) -> None:
         """Compare what is carried with the host's own weights, and say (or refuse) what acts beside the updates."""
@@ -208,6 +231,7 @@ class _Fix:
             self.host_at, [self.adapter], self.device, settings.dtype, settings.trust_remote_code, self.progress
         )
         self._structure = structure_of(host.model)
+        self._weight_of = lambda site: weight_of(host.model, site.place)
         return host
 
     def _encode(self, host: Host, split: str) -> Encoded:
@@ -317,7 +341,7 @@ class _Fix:
     def _finish(self, solution: _Solution, measure_effects: _Effects) -> FixReport:
         with writer.staged(self.out) as staging:
             self.progress.stage("write")
-            tensors, config = writer.stored_tensors(self.adapter, solution.factors)
+            tensors, config = writer.stored_tensors(self.adapter, solution.factors, self._weight_of)
             if not writer.is_finite(tensors):
                 raise AdapterError(
                     f"the repaired factors do not fit the adapter's dtype ({', '.join(self.adapter.dtypes)})",
@@ -364,7 +388,10 @@ class _Fix:
 
     def _reopened(self, folder: Path) -> Adapter:
         written = read_adapter(folder)
-        return written if self._structure is None else bind(written, self._structure)
+        if self._structure is None:
+            return written
+        written = bind(written, self._structure)
+        return written if self._weight_of is None else with_weights(written, self._structure, self._weight_of)
 
     def _verify(
         self, solution: _Solution, stored: Mapping[str, Factors], found: Sequence[effects.Effect]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from csulora_cli import writer
-from csulora_cli.adapter import Adapter, bind, with_plain_init
+from csulora_cli.adapter import Adapter, bind, with_weights
 from csulora_cli.checkpoint import CONFIG_NAME, weight_files
 from csulora_cli.engine.attach import weight_of
 from csulora_cli.engine.host import Host, is_out_of_memory, load_host
@@ -135,8 +135,7 @@ def _bound(adapter: Adapter, host: Host, structure: Structure) -> Adapter:
     bound = bind(adapter, structure)
     if not bound.needs_weights:
         return bound
-    places = {site.name: site.place for site in bound.sites}
-    return bind(with_plain_init(bound, lambda name: weight_of(host.model, places[name])), structure)
+    return with_weights(bound, structure, lambda site: weight_of(host.model, site.place))
 
 
 def model_record(location: Location, role: str, *, is_run: bool, trust_remote_code: bool) -> InputRecord:

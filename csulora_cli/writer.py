@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,6 +21,7 @@ from csulora_cli.engine.attach import Factors
 from csulora_cli.errors import ResourceError, UsageError
 from csulora_cli.files import is_regular
 from csulora_cli.formats.config import CONFIG_NAME
+from csulora_cli.formats.magnitude import row_norms
 from csulora_cli.formats.site import Site
 from csulora_cli.formats.targets import Target
 from csulora_cli.locate import RUN_FILES
@@ -142,24 +143,35 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-def stored_tensors(adapter: Adapter, factors: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def stored_tensors(
+    adapter: Adapter, factors: Mapping[str, Factors], weight_of: Callable[[Site], Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors to write, in the stored dtypes, and the config that goes with them.
 
     Where no rank changes, keys, shapes, dtypes and config are the input's, and a factor that did not change keeps its
     bits. Where ranks change, the uniform layout: one rank for all modules, a multiple of 16, alpha equal to it, so that
     the scale is 1 everywhere, and every module written. Whatever is no factor is written as it was read, but for what
     only training reads, which does not fit another rank.
+
+    Args:
+        adapter: a bound one.
+        factors: of all sites.
+        weight_of: a site's weight in the host as (out, in); only DoRA needs it, whose magnitudes follow the factors.
     """
     tensors = dict(adapter.tensors)
     if all(factors[site.name].lora_a.shape == site.lora_a.shape for site in adapter.sites):
         for target in adapter.targets:
             pairs = [(factors[site.name].lora_a, factors[site.name].lora_b) for site in target.sites]
             _put(tensors, target, pairs)
+            if target.magnitude is not None and weight_of is not None:
+                _put_magnitude(tensors, target, factors[target.sites[0].name], target.sites[0].scale, weight_of)
         return tensors, dict(adapter.config)
     widest = max(factors[site.name].lora_a.shape[0] for site in adapter.sites)
     rank = -(-widest // _RANK_MULTIPLE) * _RANK_MULTIPLE
     for target in adapter.targets:
         _put(tensors, target, [_uniform(factors[site.name], rank) for site in target.sites])
+        if target.magnitude is not None and weight_of is not None:
+            _put_magnitude(tensors, target, factors[target.sites[0].name], 1.0, weight_of)
         if target.key_bias is not None:  # the scale is 1 from here on
             bias = tensors[target.key_bias]
             tensors[target.key_bias] = (factors[target.sites[0].name].scale * bias.double()).to(bias.dtype)
@@ -167,6 +179,30 @@ def stored_tensors(adapter: Adapter, factors: Mapping[str, Factors]) -> tuple[di
         if entry.weight is None:  # read in training only, and of the former rank
             del tensors[entry.key]
     return tensors, adapter.dialect.uniform(adapter.config, rank)
+
+
+def _put_magnitude(
+    tensors: dict[str, Tensor],
+    target: Target,
+    repaired: Factors,
+    scale: float,
+    weight_of: Callable[[Site], Tensor],
+) -> None:
+    """B without the gain that it has in a site, and the magnitudes with which the gain stays what it was."""
+    (site,) = target.sites
+    if site.gain is None or target.key_magnitude is None or target.magnitude is None:
+        return
+    if repaired.lora_b is site.lora_b and scale == site.scale:
+        tensors[target.key_b] = target.lora_b
+        if repaired.lora_a is site.lora_a:
+            return
+    else:
+        stored = tensors[target.key_b].double()
+        lora_b = torch.where(site.gain[:, None] == 0, 0.0, stored / site.gain[:, None])
+        tensors[target.key_b] = lora_b.to(target.lora_b.dtype)
+    norms = row_norms(weight_of(site), tensors[target.key_a], tensors[target.key_b], scale)
+    magnitude = (site.gain * norms).to(target.magnitude.dtype)
+    tensors[target.key_magnitude] = magnitude.reshape(tensors[target.key_magnitude].shape)
 
 
 def _put(tensors: dict[str, Tensor], target: Target, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

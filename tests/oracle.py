@@ -69,6 +69,16 @@ def merged_updates(host: Path, adapter: Path) -> dict[str, Tensor]:
     return updates
 
 
+def weight_changes(host: Path, adapter: Path) -> dict[str, Tensor]:
+    """W' − W of every adapted layer as peft merges it, whatever its kind, (out, in), float64."""
+    before, after = load(host), with_adapter(host, adapter).merge_and_unload()
+    return {
+        name: (after.get_submodule(name).weight.double() - before.get_submodule(name).weight.double()).detach()
+        for name, layer in with_adapter(host, adapter).base_model.model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+
+
 def weights(host: Path, modules: Mapping[str, Dense]) -> dict[str, Tensor]:
     """The host's weight of every adapted module as (out, in), float64."""
     model = load(host)

@@ -9,6 +9,8 @@ import peft
 import torch
 
 QV = ["q_proj", "v_proj"]
+VELORA = peft.tuners.lora.config.VeloraConfig()
+MONTECLORA = peft.tuners.lora.config.MontecloraConfig()
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -27,17 +29,6 @@ class Variant:
     host: str
     options: dict[str, Any] = field(default_factory=dict)
     change: Callable[[Path], None] | None = None
-
-
-def _config(**settings: Any) -> Any:
-    """`LoraConfig` settings that are objects in PEFT."""
-    kinds = {
-        "use_bdlora": peft.tuners.lora.config.BdLoraConfig,
-        "velora_config": peft.tuners.lora.config.VeloraConfig,
-        "monteclora_config": peft.tuners.lora.config.MontecloraConfig,
-    }
-    ((name, values),) = settings.items()
-    return kinds[name](**values)
 
 
 def _variants(group: str, host: str, cases: dict[str, dict[str, Any]], **common: Any) -> dict[str, Variant]:
@@ -131,13 +122,18 @@ _CARRIED = {
     "trained tokens": {"trainable_token_indices": [3, 5, 40]},
     "trained tokens by module": {"trainable_token_indices": {"embed_tokens": [7]}},
     "trained tokens and lm_head": {"trainable_token_indices": [3], "modules_to_save": ["lm_head"]},
-    "VeLoRA": {"velora_config": _config(velora_config={})},
-    "MonteCLoRA": {"monteclora_config": _config(monteclora_config={})},
+    "VeLoRA": {"velora_config": VELORA},
+    "MonteCLoRA": {"monteclora_config": MONTECLORA},
 }
 _BLOCKS = {
     "BD-LoRA, blocks in A": {"target_modules_bd_a": QV},
     "BD-LoRA, blocks in B": {"target_modules_bd_b": QV},
     "BD-LoRA, blocks in both": {"target_modules_bd_a": ["v_proj"], "target_modules_bd_b": ["q_proj"]},
+}
+_DORA = {
+    "DoRA": {},
+    "DoRA, rsLoRA, own rank": {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    "DoRA in bfloat16": {"dtype": torch.bfloat16},
 }
 _BIASES = {
     "bias all": {"bias": "all"},
@@ -177,6 +173,9 @@ GOOD: dict[str, Variant] = {
     }, target_modules=[]),
     **{name: variant for host, cases in _ROUTERS.items()
        for name, variant in _variants("Parameters", host, cases, target_modules=[]).items()},
+    **_variants("DoRA", "llama", _DORA, target_modules=QV, use_dora=True),
+    **_variants("DoRA", "qwen2", {"DoRA beside biases": {"target_modules": QV, "use_dora": True}}),
+    **_variants("DoRA", "gpt2", {"DoRA on Conv1D": {"target_modules": ["c_attn", "c_fc"], "use_dora": True}}),
     **_variants("Carried along", "llama", _CARRIED, target_modules=QV),
     **_variants("Carried along", "llama-tied", {
         "trained tokens, tied": {"trainable_token_indices": [3, 9]},
@@ -186,5 +185,5 @@ GOOD: dict[str, Variant] = {
     **_variants("Carried along", "qwen2", _BIASES, target_modules=QV),
     **{name: variant for case, blocks in _BLOCKS.items() for name, variant in _variants(
         "Rewritten as plain LoRA", "llama",
-        {case: {"use_bdlora": _config(use_bdlora={**blocks, "nblocks": 2})}}, target_modules=QV).items()},
+        {case: {"use_bdlora": peft.tuners.lora.config.BdLoraConfig(**blocks, nblocks=2)}}, target_modules=QV).items()},
 }  # fmt: skip

@@ -8,7 +8,7 @@ import typer
 from csulora_cli import wording
 from csulora_cli.cli import console
 from csulora_cli.report import FixReport
-from csulora_cli.settings import FixSettings, Geometry, RankMode, Source, read_config_file
+from csulora_cli.settings import DoraMode, FixSettings, Geometry, RankMode, Source, read_config_file
 from csulora_cli.text import printable
 
 _DIRECTIONS = "Where the directions come from"
@@ -109,6 +109,14 @@ def fix(
         bool | None,
         typer.Option("--overwrite", help="Replace an adapter in the output folder.", rich_help_panel=_OUTPUT),
     ] = None,
+    dora: Annotated[
+        DoraMode | None,
+        typer.Option(
+            help="DoRA: keep the gain of each row and repair the update beside it, merge both into plain LoRA of the "
+            "same rank, or refuse. Default: keep.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     strict: Annotated[
         bool | None,
         typer.Option(
@@ -167,6 +175,7 @@ def fix(
         "rank": rank,
         "out": out,
         "overwrite": overwrite,
+        "dora": dora,
         "strict": strict,
         "device": device,
         "dtype": dtype,

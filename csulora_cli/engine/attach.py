@@ -32,6 +32,7 @@ class Factors:
         lora_a, lora_b: A (r, in) and B (out, r).
         scale: s.
         bias: b, (out,), or None.
+        gain: of DoRA, (out,), or None: what the layer gives without its own bias is multiplied by it. B is already.
         place: where they are applied; None means the module of the site's name.
     """
 
@@ -40,11 +41,12 @@ class Factors:
     scale: float
     bias: Tensor | None = None
     place: Place | None = None
+    gain: Tensor | None = None
 
     @classmethod
     def of(cls, site: Site) -> "Factors":
         """The factors of a site as stored."""
-        return cls(site.lora_a, site.lora_b, site.scale, site.bias, site.place)
+        return cls(site.lora_a, site.lora_b, site.scale, site.bias, site.place, site.gain)
 
 
 @dataclass(frozen=True)
@@ -404,6 +406,7 @@ def _update_hook(
     lora_a = factors.lora_a.to(device, torch.float32)
     lora_b = factors.lora_b.to(device, torch.float32)
     bias = None if factors.bias is None else factors.bias.to(device, torch.float32)
+    gain = None if factors.gain is None else factors.gain.to(device, torch.float32)
 
     def on_linear(_module: nn.Module, inputs: Tensor) -> Tensor:
         return functional.linear(functional.linear(inputs.to(torch.float32), lora_a), lora_b, bias)
@@ -420,7 +423,11 @@ def _update_hook(
 
     apply = {Kind.LINEAR: on_linear, Kind.EMBEDDING: on_embedding, Kind.CONVOLUTION: on_convolution}[place.kind]
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return output + (apply(module, first_argument(args, kwargs)) * factors.scale).to(output.dtype)
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        update = apply(module, first_argument(args, kwargs)) * factors.scale
+        if gain is not None:
+            own = output if module.bias is None else output - module.bias
+            update = update + (gain - 1) * own.to(torch.float32)
+        return output + update.to(output.dtype)
 
     return hook

@@ -19,7 +19,6 @@ EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 
 # Fields of LoraConfig (PEFT 0.21) with which the update is no plain low-rank one, and the name that users know them by.
 REFUSED_FIELDS = {
-    "use_dora": "DoRA",
     "layer_replication": "layer replication",
     "use_qalora": "QALoRA",
     "kasa_config": "KaSA",
@@ -34,7 +33,7 @@ KNOWN_FIELDS = {
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout",
     "lora_ga_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version",
     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
-    "task_type", "trainable_token_indices", "use_bdlora", "use_rslora", "velora_config",
+    "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_rslora", "velora_config",
 }  # fmt: skip
 # Fields of variants that differ from plain LoRA in training only.
 TRAINING_FIELDS = ("velora_config", "monteclora_config")

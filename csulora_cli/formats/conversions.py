@@ -13,8 +13,9 @@ from torch import Tensor
 
 from csulora_cli.errors import AdapterError, InputError, UnsupportedError
 from csulora_cli.formats.config import CONFIG_NAME, UNSUPPORTED_HINT
+from csulora_cli.formats.magnitude import merged_factors
 from csulora_cli.formats.names import Role, parse_name
-from csulora_cli.formats.site import Kind
+from csulora_cli.formats.site import Kind, Site
 from csulora_cli.formats.spelling import canonical_keys, renamed_config, renamed_tensors, respellings
 from csulora_cli.formats.structure import Structure
 from csulora_cli.formats.targets import Target, find_targets
@@ -100,7 +101,7 @@ def _block_settings(settings: Any) -> tuple[int, dict[Role, list[str]]]:
     raise AdapterError(f"use_bdlora in {CONFIG_NAME} does not say which factors have how many blocks")
 
 
-def without_initial(content: Content, targets: tuple[Target, ...], weight_of: Callable[[str], Tensor]) -> Content:
+def without_initial(content: Content, targets: tuple[Target, ...], weight_of: Callable[[Site], Tensor]) -> Content:
     """PiSSA and OLoRA as plain LoRA of twice the rank.
 
     PEFT computes factors B₀, A₀ from the base weight W each time that it loads such an adapter and runs it on
@@ -109,7 +110,7 @@ def without_initial(content: Content, targets: tuple[Target, ...], weight_of: Ca
     Args:
         content: with `init_lora_weights` pissa or olora.
         targets: of this content.
-        weight_of: a site's weight as (out, in) by the site's name.
+        weight_of: a site's weight as (out, in).
 
     Raises:
         UnsupportedError: a layer for which PEFT derives no such factors.
@@ -122,12 +123,39 @@ def without_initial(content: Content, targets: tuple[Target, ...], weight_of: Ca
                 f"'{printable(target.module)}' is no linear layer, for which PEFT has no {init}", UNSUPPORTED_HINT
             )
         (site,) = target.sites
-        first_a, first_b = initial_factors(weight_of(site.name).float(), site.rank, site.scale, init)
+        first_a, first_b = initial_factors(weight_of(site).float(), site.rank, site.scale, init)
         tensors[target.key_a] = torch.cat([target.lora_a, first_a.to(target.lora_a.dtype)])
         tensors[target.key_b] = torch.cat([target.lora_b, -first_b.to(target.lora_b.dtype)], dim=1)
     return Content(
         _twice_the_rank(content.config), tensors, (*content.conversions, f"{init} as plain LoRA of twice the rank")
     )
+
+
+def without_magnitudes(content: Content, targets: tuple[Target, ...], weight_of: Callable[[Site], Tensor]) -> Content:
+    """DoRA as plain LoRA of the same rank: the truncated update of each weight, with how much that leaves out.
+
+    Args:
+        content: with `use_dora`.
+        targets: of this content, without gains.
+        weight_of: a site's weight as (out, in).
+    """
+    tensors = dict(content.tensors)
+    total = missed = 0.0
+    for target in targets:
+        if target.magnitude is None or target.key_magnitude is None:
+            continue
+        (site,) = target.sites
+        if site.scale == 0:
+            raise UnsupportedError("a DoRA adapter with a scale of 0 has no plain form", UNSUPPORTED_HINT)
+        lora_a, lora_b, norm, lost = merged_factors(
+            weight_of(site), site.lora_a, site.lora_b, site.scale, target.magnitude
+        )
+        tensors[target.key_a], tensors[target.key_b] = lora_a.to(site.lora_a.dtype), lora_b.to(site.lora_b.dtype)
+        del tensors[target.key_magnitude]
+        total, missed = total + norm, missed + lost
+    share = (missed / total) ** 0.5 if total > 0 else 0.0
+    words = f"DoRA as plain LoRA of the same rank, missing {100 * share:.2g}% of the update's norm"
+    return Content({**content.config, "use_dora": False}, tensors, (*content.conversions, words))
 
 
 def initial_factors(weight: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,8 @@ class Site:
         alpha: lora_alpha of this module, after alpha_pattern.
         scale: s = alpha/r, or alpha/sqrt(r) with rsLoRA; the update is s·B·A.
         place: where it lies; by default the weight of the module of that name.
+        gain: of DoRA, (out,), float64: the layer's output without its bias is multiplied by it, update included. B is
+            already multiplied by it then. None without DoRA, or as long as the host's weight is not known.
         bias: b of `lora_bias`, (out,), which adds s·b to the output whatever the input is; None without one.
     """
 
@@ -62,6 +64,7 @@ class Site:
     scale: float
     place: Place = Place("")
     bias: Tensor | None = None
+    gain: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.place.module:

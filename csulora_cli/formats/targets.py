@@ -21,7 +21,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OTHER_HOST = "Give the model that the adapter was trained on."
 # Parts of names of LoRA tensors that are no plain factors, and the name that users know them by.
 _FEATURES = {
-    "lora_magnitude_vector": "DoRA",
     "lora_diag": "KaSA",
 }
 
@@ -36,6 +35,8 @@ class Target:
         lora_a, lora_b: as stored.
         layout: how they are stored.
         key_bias: the name of the bias of `lora_bias`, or None.
+        key_magnitude: the name of the magnitudes of DoRA, or None.
+        magnitude: those magnitudes, (out,), as stored.
         sites: what the solver sees; empty as long as only the host can tell (a parameter).
     """
 
@@ -47,6 +48,8 @@ class Target:
     layout: Layout
     sites: tuple[Site, ...]
     key_bias: str | None = None
+    key_magnitude: str | None = None
+    magnitude: Tensor | None = None
 
 
 def find_targets(
@@ -109,6 +112,8 @@ def _target(
         raise UnsupportedError(f"{printable(key_a)} adapts a layer inside another adapter", UNSUPPORTED_HINT)
     unbound = Target(group.module, key_a, key_b, lora_a, lora_b, layout, ())
     bias = _bias(group, tensors, unbound)
+    if Role.MAGNITUDE in group.names:
+        unbound = _with_magnitude(group, tensors, unbound)
     if not is_parameter:
         place = Place(group.module, layout.kind)
         target = _with_sites(config, unbound, group.module, [place])
@@ -144,9 +149,8 @@ def tied(weights: list[str]) -> UnsupportedError:
 
 
 def _check_roles(group: Group) -> None:
-    for role in (Role.OTHER, Role.MAGNITUDE):
-        if role in group.names:
-            raise _unsupported_tensor(group.names[role])
+    if Role.OTHER in group.names:
+        raise _unsupported_tensor(group.names[Role.OTHER])
     for role in (Role.FACTOR_A, Role.FACTOR_B):
         if role not in group.names:
             raise AdapterError(
@@ -194,6 +198,22 @@ def _bias(group: Group, tensors: Mapping[str, Tensor], target: Target) -> Tensor
             "The file is damaged: use another one.",
         )
     return bias
+
+
+def _with_magnitude(group: Group, tensors: Mapping[str, Tensor], target: Target) -> Target:
+    """The target with its magnitudes of DoRA, which are repaired on linear layers."""
+    name = group.names[Role.MAGNITUDE]
+    magnitude = tensors[name.key]
+    if target.layout.kind is not Kind.LINEAR or Role.BIAS in group.names:
+        raise UnsupportedError(
+            f"the adapter uses DoRA on a layer that is not plainly linear: '{printable(name.key)}'", UNSUPPORTED_HINT
+        )
+    rows = target.lora_b.shape[0]
+    if magnitude.dtype not in DTYPES or magnitude.numel() != rows or not magnitude.isfinite().all():
+        raise AdapterError(
+            f"'{printable(name.key)}' is no magnitude of {rows} finite numbers", "The file is damaged: use another one."
+        )
+    return replace(target, key_magnitude=name.key, magnitude=magnitude.flatten())
 
 
 def _with_sites(config: Mapping[str, Any], target: Target, name: str, places: Sequence[Place]) -> Target:
