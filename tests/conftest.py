@@ -18,6 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from csulora_cli.cli.main import main
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write docs/formats.md from what the tests measure")
+
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -1,7 +1,7 @@
 """Every variant of adapter: read as PEFT reads it, repaired, and read by PEFT again."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,9 +11,11 @@ import oracle
 import pytest
 import torch
 from conftest import make_adapter
+from formats_doc import Row, render
 from safetensors.torch import load_file
+from test_spelling import WILD, written
 from torch import Tensor
-from variants import EXPERTS, GOOD, MONTECLORA, QV, VELORA, Variant
+from variants import EXPERTS, GOOD, MONTECLORA, QV, REFUSED, VELORA, Variant
 
 from csulora_cli import api
 from csulora_cli.adapter import Adapter, bind, read_adapter, with_weights
@@ -21,8 +23,8 @@ from csulora_cli.api import fix_adapter
 from csulora_cli.engine import behaviour
 from csulora_cli.engine.attach import Update, weight_of
 from csulora_cli.engine.host import Host, load_host
-from csulora_cli.errors import HostError, UnsupportedError
-from csulora_cli.formats.structure import structure_of
+from csulora_cli.errors import HostError, InputError, UnsupportedError
+from csulora_cli.formats.structure import read_structure, structure_of
 from csulora_cli.locate import Location
 from csulora_cli.report import FixReport
 from csulora_cli.settings import DoraMode, FixSettings, Geometry, RankMode
@@ -150,6 +152,54 @@ def assert_only_factors_changed(found: Measured) -> None:
         assert found.after[key].dtype == tensor.dtype
         if not any(part in key for part in ("lora_A", "lora_embedding_A", "lora_magnitude")):
             assert torch.equal(found.after[key], tensor), key
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_kind_that_is_not_repaired_is_refused_by_name(
+    name: str, hosts: Callable[..., Path], prompts: Path, tmp_path: Path
+) -> None:
+    kind = REFUSED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = kind.make(hosts(kind.host), tmp_path / "adapter")
+    with pytest.raises(InputError) as caught:
+        fix_adapter(FixSettings(str(adapter), base=str(hosts(kind.host)), out=tmp_path / "out", prompts=prompts))
+    assert kind.message in caught.value.message
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_documentation_says_what_was_measured(
+    measured: Callable[[str], Measured], request: pytest.FixtureRequest, plain_conversions: dict[str, Sequence[str]]
+) -> None:
+    rows = []
+    for name, variant in GOOD.items():
+        found = measured(name)
+        effects = [record.effect for record in found.report.carried]
+        carried = [f"{effects.count(effect)} {CARRIED_WORDS[effect]}" for effect in dict.fromkeys(effects)]
+        conversions = found.report.conversions
+        rows.append(Row(name, variant.group, carried, conversions, found.read_error, found.written_error))
+    text = render(rows, plain_conversions, {name: kind.message for name, kind in REFUSED.items()})
+    path = Path(__file__).parents[1] / "docs" / "formats.md"
+    if request.config.getoption("--write-docs"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text, "stale: run pytest tests/test_formats.py --write-docs"
+
+
+CARRIED_WORDS = {"replaces": "replaced", "copy": "copies", "bias": "biases", "training": "of training only"}
+
+
+@pytest.fixture(scope="module")
+def plain_conversions(hosts: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sequence[str]]:
+    """How each wild spelling is rewritten."""
+    folder = tmp_path_factory.mktemp("spellings")
+    plain = make_adapter(hosts("llama"), folder / "plain", target_modules=QV)
+    structure = read_structure(hosts("llama"), "host", trust_remote_code=False)
+    return {
+        name: bind(read_adapter(written(plain, folder / str(index), wild)), structure).conversions
+        for index, (name, wild) in enumerate(WILD.items())
+    }
 
 
 # What only one source or one option does

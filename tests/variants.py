@@ -1,5 +1,10 @@
-"""Good variants of adapters: what PEFT is asked to make, on which tiny host. `docs/formats.md` lists them."""
+"""Variants of adapters, good ones and kinds that are refused: what `docs/formats.md` lists.
 
+Good ones are what PEFT is asked to make on some tiny host. Refused ones are kinds of adapters, not damaged files: those
+are in `test_adapter.py`.
+"""
+
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +12,8 @@ from typing import Any
 
 import peft
 import torch
+from conftest import make_adapter
+from safetensors.torch import load_file, save_file
 
 QV = ["q_proj", "v_proj"]
 VELORA = peft.tuners.lora.config.VeloraConfig()
@@ -186,4 +193,69 @@ GOOD: dict[str, Variant] = {
     **{name: variant for case, blocks in _BLOCKS.items() for name, variant in _variants(
         "Rewritten as plain LoRA", "llama",
         {case: {"use_bdlora": peft.tuners.lora.config.BdLoraConfig(**blocks, nblocks=2)}}, target_modules=QV).items()},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One kind of adapter that is refused.
+
+    Attributes:
+        message: what the refusal says.
+        host: of `conftest.make_host`.
+        options: of `conftest.make_adapter`.
+        config: what is written into the saved config.
+        rename: how keys of the saved file are changed.
+    """
+
+    message: str
+    host: str = "llama"
+    options: dict[str, Any] = field(default_factory=lambda: {"target_modules": QV})
+    config: dict[str, Any] = field(default_factory=dict)
+    rename: Callable[[str], str] = str
+
+    def make(self, host: Path, folder: Path) -> Path:
+        """Write it."""
+        make_adapter(host, folder, **self.options)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | self.config))
+        weights = folder / "adapter_model.safetensors"
+        save_file({self.rename(key): tensor for key, tensor in load_file(weights).items()}, weights)
+        return folder
+
+
+REFUSED: dict[str, Refused] = {
+    "aLoRA": Refused("aLoRA", config={"alora_invocation_tokens": [5, 6]}),
+    "Arrow": Refused("Arrow", config={"arrow_config": {"arrow_top_k": 2}}),
+    "KaSA": Refused("KaSA", config={"kasa_config": {"beta": 1e-4}}),
+    "KaSA, by its tensors": Refused("KaSA", rename=lambda key: key.replace("lora_A.weight", "lora_diag")),
+    "QALoRA": Refused("QALoRA", config={"use_qalora": True, "qalora_group_size": 16}),
+    "layer replication": Refused("layer replication", config={"layer_replication": [[0, 2], [1, 2]]}),
+    "Megatron": Refused("Megatron", config={"megatron_config": {"hidden_size": 8}}),
+    "init corda": Refused("modified base", config={"init_lora_weights": "corda"}),
+    "init loftq": Refused("modified base", config={"init_lora_weights": "loftq"}),
+    "init lora_ga": Refused("modified base", config={"init_lora_weights": "lora_ga"}),
+    "init pissa_niter": Refused("modified base", config={"init_lora_weights": "pissa_niter_4"}),
+    "init pissa, scale below zero": Refused("scale of -2", config={"init_lora_weights": "pissa", "lora_alpha": -8}),
+    "init pissa on an embedding": Refused(
+        "no linear layer", options={"target_modules": ["embed_tokens"]}, config={"init_lora_weights": "pissa"}
+    ),
+    "DoRA on an embedding": Refused("DoRA", options={"target_modules": ["embed_tokens"], "use_dora": True}),
+    "DoRA on a convolution": Refused("DoRA", "convolution", {"target_modules": ["mix"], "use_dora": True}),
+    "tied embedding and output layer, kept equal": Refused(
+        "ties the updates", "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
+    "convolution with groups": Refused("groups", "convolution", {"target_modules": ["depthwise"], "r": 32}),
+    "other kinds of PEFT": Refused('not "LORA"', config={"peft_type": "LOHA"}),
+    "a field of a newer PEFT that is on": Refused("unknown field use_new_idea", config={"use_new_idea": True}),
+    "modules that the config does not target": Refused("does not target", config={"target_modules": ["q_proj"]}),
+    "experts, one by one": Refused(
+        "not in the host", "mixtral", config={"target_modules": ["w1", "v_proj"]},
+        rename=lambda key: key.replace("self_attn.q_proj", "block_sparse_moe.experts.9.w1"),
+    ),
+    "experts of which one parameter is missing": Refused(
+        "targets 2 parameters", "mixtral", {"target_modules": [], "target_parameters": EXPERTS[:1]},
+        config={"target_parameters": EXPERTS},
+    ),
+    "factors under another name": Refused("no LoRA factors", rename=lambda key: key.replace("lora_", "lokr_")),
 }  # fmt: skip
