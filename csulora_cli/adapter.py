@@ -80,6 +80,11 @@ class Adapter:
         return sorted({site.rank for site in self.sites})
 
     @property
+    def has_magnitudes(self) -> bool:
+        """Whether it uses DoRA."""
+        return any(target.magnitude is not None for target in self.targets)
+
+    @property
     def needs_weights(self) -> bool:
         """Whether the update depends on the host's weights, and has not been computed from them yet."""
         return self.config.get("init_lora_weights") in DERIVED_INITS or any(

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 
 from csulora_cli import card, writer
-from csulora_cli.adapter import Adapter, bind, describe, read_adapter, with_merged_magnitudes, with_weights
+from csulora_cli.adapter import Adapter, bind, describe, read_adapter, with_weights
 from csulora_cli.checkpoint import CONFIG_NAME as MODEL_CONFIG_NAME
 from csulora_cli.checkpoint import Checkpoint, WeightMatch, holds_weight, match_weights, read_weight
 from csulora_cli.engine import effects, strength
-from csulora_cli.engine.attach import Factors, Update, weight_of
+from csulora_cli.engine.attach import Factors, Update, is_copy, weight_of
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, HostError, UnsupportedError, VerificationError
+from csulora_cli.errors import AdapterError, HostError, VerificationError
 from csulora_cli.files import parse_json_object, read_bytes, sha256_of
+from csulora_cli.fitting import carried_records, check_magnitudes, settle_weights, tell_active
+from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
 from csulora_cli.formats.structure import Structure, read_structure, structure_of
@@ -38,9 +40,9 @@ from csulora_cli.opening import (
     resource_errors,
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
-from csulora_cli.report import CarriedRecord, FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
-from csulora_cli.settings import DoraMode, FixSettings, Source
-from csulora_cli.text import printable, some
+from csulora_cli.report import FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
+from csulora_cli.settings import FixSettings, Source
+from csulora_cli.text import printable
 from csulora_cli.version import __version__
 
 # Below this many nats the adapter begins its answers to harmful prompts as the host does: there is nothing to repair.
@@ -107,12 +109,11 @@ class _Fix:
         self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
         if self.adapter.needs_structure:
             self._bind(self._find_structure())
+        check_magnitudes(self.adapter, settings.dora, settings.strict)
         with ExitStack() as stack:
             checkpoints = self._match(stack)
-            if self.adapter.needs_weights:
-                self._use_weights(stack)
-            self._look_at_carried(stack)
             self.host = self._load_host() if self._needs_host else None
+            self._fit(checkpoints)
             if settings.chosen_source is Source.WEIGHTS:
                 return self._finish(*self._weights(checkpoints))
         return self._finish(*self._prompts())
@@ -139,24 +140,23 @@ class _Fix:
         return self.adapter.sites
 
     def _match(self, stack: ExitStack) -> list[_Matched]:
-        """Open the checkpoints (headers only) and find every adapted weight in them, before anything is loaded."""
+        """Open the checkpoints (headers only) and find every adapted weight in them, before anything is loaded.
+
+        The prompts source needs no weight on disk: it checks names and shapes only, where they are those in memory.
+        """
         opened = []
         for location, role in ((self.host_at, "host"), (self.unaligned_at, "unaligned model")):
             if location is None:
                 continue
             check_model_config(location, role)
             checkpoint = stack.enter_context(Checkpoint(location.folder, role))
-            # What a model in memory has was checked above; on disk some weights are named or cut otherwise.
+            if self._structure is None and not self._is_named_as_on_disk(checkpoint):
+                self._bind(self._find_structure())
             if self._structure is None or self.settings.chosen_source is Source.WEIGHTS:
-                opened.append((checkpoint, self._match_weights(checkpoint)))
+                ties = None if self._structure is None else self._structure.ties
+                is_swapped = bool(self.adapter.config.get("fan_in_fan_out"))
+                opened.append((checkpoint, match_weights(self.sites, checkpoint, is_swapped, ties)))
         return opened
-
-    def _match_weights(self, checkpoint: Checkpoint) -> dict[str, WeightMatch]:
-        """The weights of all sites on disk."""
-        if self._structure is None and not self._is_named_as_on_disk(checkpoint):
-            self._bind(self._find_structure())
-        ties = None if self._structure is None else self._structure.ties
-        return match_weights(self.sites, checkpoint, bool(self.adapter.config.get("fan_in_fan_out")), ties)
 
     def _is_named_as_on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether names alone tell which weights are meant; else only the model in memory does, where there is one.
@@ -166,72 +166,35 @@ class _Fix:
         has_config = (self.host_at.folder / MODEL_CONFIG_NAME).exists()
         return not has_config or all(site.place.weight in checkpoint.tensors for site in self.sites)
 
-    def _use_weights(self, stack: ExitStack) -> None:
-        """Make the updates independent of the host's weights, as far as they depend on them."""
-        host = stack.enter_context(Checkpoint(self.host_at.folder, "host"))
-        structure = self._find_structure()
-        self._bind(structure)
-        matches = self._oriented(self._match_weights(host))
+    def _fit(self, checkpoints: Sequence[_Matched]) -> None:
+        """Settle what depends on the host's weights, from the loaded host where there is one, else from its file."""
+        settings = self.settings
+        if self.adapter.needs_weights:
+            structure = self._find_structure()
+            self._weight_of = self._weights_of_host(checkpoints)
+            self._bind(structure)
+            self.adapter = settle_weights(self.adapter, structure, self._weight_of, settings.dora, self.progress)
+        self.carried = carried_records(self.adapter, lambda entry: self._is_copy(entry, checkpoints))
+        tell_active(self.carried, settings.strict, self.progress)
 
-        def weight(site: Site) -> torch.Tensor:
-            return read_weight(host, matches[site.name])
+    def _weights_of_host(self, checkpoints: Sequence[_Matched]) -> Callable[[Site], torch.Tensor]:
+        if self.host is not None:
+            model = self.host.model
+            return lambda site: weight_of(model, site.place)
+        checkpoint, matches = checkpoints[0]
+        oriented = self._oriented(matches)
+        return lambda site: read_weight(checkpoint, oriented[site.name])
 
-        self._weight_of = weight
-        if any(target.magnitude is not None for target in self.adapter.targets):
-            self._look_at_magnitudes(structure, weight)
-        self.adapter = with_weights(self.adapter, structure, weight)
-
-    def _look_at_magnitudes(self, structure: Structure, weight: Callable[[Site], torch.Tensor]) -> None:
-        if self.settings.dora is DoraMode.REFUSE or self.settings.strict:
-            option = "--strict" if self.settings.strict else "--dora refuse"
-            raise UnsupportedError(
-                f"{option}: the adapter uses DoRA, whose magnitudes scale the host's weights",
-                "With --dora keep they stay and the update beside them is repaired; see also --dora merge-svd.",
-            )
-        if self.settings.dora is DoraMode.MERGE_SVD:
-            self.adapter = with_merged_magnitudes(self.adapter, structure, weight)
-            return
-        self.progress.warn(
-            "the adapter uses DoRA: the gain that its magnitudes give each row of the host's weights stays, whatever "
-            "harm it holds; the update beside it is repaired"
-        )
-
-    def _look_at_carried(self, stack: ExitStack) -> None:
-        """Compare what is carried with the host's own weights, and say (or refuse) what acts beside the updates."""
-        checkpoint = stack.enter_context(Checkpoint(self.host_at.folder, "host"))
-        ties = self._structure.ties if self._structure is not None else {}
-        records = []
-        for entry in self.adapter.carried:
-            if entry.weight is None:
-                effect = "training"
-            else:
-                is_copy = holds_weight(checkpoint, (entry.weight, *ties.get(entry.weight, ())), entry)
-                effect = "copy" if is_copy else "replaces"
-            records.append(CarriedRecord(entry.key, effect, entry.weight))
-        for target in self.adapter.targets:
-            if target.key_bias is not None:
-                records.append(CarriedRecord(target.key_bias, "bias", target.module))
-        self.carried = tuple(records)
-        active = [record.key for record in records if record.is_active]
-        if not active:
-            return
-        if self.settings.strict:
-            raise UnsupportedError(
-                f"--strict: the adapter carries {len(active)} tensors beside its low-rank updates: {some(active, 2)}",
-                "Leave --strict out to carry them as they are; what they do is not repaired.",
-            )
-        self.progress.warn(
-            f"{len(active)} tensors act beside the low-rank updates and are carried as they are, with any harm that "
-            f"they hold: {some(active, 2)}"
-        )
+    def _is_copy(self, entry: Carried, checkpoints: Sequence[_Matched]) -> bool:
+        if self.host is not None:
+            return is_copy(self.host.model, entry)
+        ties = self._find_structure().ties
+        return holds_weight(checkpoints[0][0], (str(entry.weight), *ties.get(str(entry.weight), ())), entry)
 
     def _load_host(self) -> Host:
         settings = self.settings
-        host, (self.adapter,) = open_host(
-            self.host_at, [self.adapter], self.device, settings.dtype, settings.trust_remote_code, self.progress
-        )
-        self._structure = structure_of(host.model)
-        self._weight_of = lambda site: weight_of(host.model, site.place)
+        host, _ = open_host(self.host_at, [], self.device, settings.dtype, settings.trust_remote_code, self.progress)
+        self._bind(structure_of(host.model))
         return host
 
     def _encode(self, host: Host, split: str) -> Encoded:

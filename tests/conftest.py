@@ -12,6 +12,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small threads only wait for one another
 
 import convolution_host
+import oracle
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -62,7 +63,14 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOssConfig", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 64,
     }),
+    "llava": ("LlavaConfig", {"image_token_index": 63, "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16,
+    }}),
+    "t5": ("T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+                        "decoder_start_token_id": 0}),
 }  # fmt: skip
+AUTO_CLASSES = {"llava": "AutoModelForImageTextToText", "t5": "AutoModelForSeq2SeqLM"}
 
 
 def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", template: str | None = TEMPLATE) -> Path:
@@ -81,8 +89,10 @@ def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", templa
             "num_key_value_heads": 2, "max_position_embeddings": 128, **common,
         }  # fmt: skip
         name, own = HOSTS[kind]
+        if name == "LlavaConfig":
+            sizes = {"text_config": {"model_type": "llama", **sizes}, "pad_token_id": 0}
         config = getattr(transformers, name)(**{"tie_word_embeddings": False, **sizes, **own})
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = getattr(transformers, AUTO_CLASSES.get(kind, "AutoModelForCausalLM")).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at constants: move them too
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -135,11 +145,10 @@ def make_classifier(folder: Path, labels: tuple[str, ...] = ("harmless", "harmfu
 def make_adapter(host: Path, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """An adapter that peft makes on a host, with random factors, saved by peft."""
     import peft
-    import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(host)
+    model = oracle.load(host)
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "CAUSAL_LM", **options}))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

@@ -30,10 +30,12 @@ class Dense:
 
 
 def load(host: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The host through transformers."""
+    """The host through transformers, by the class that it was saved from."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(host, dtype=dtype).eval()
+    name = json.loads((host / "config.json").read_text())["architectures"][0]
+    kind = getattr(transformers, name, transformers.AutoModelForCausalLM)  # ours is known to the automatic class alone
+    return kind.from_pretrained(host, dtype=dtype).eval()
 
 
 def with_adapter(host: Path, adapter: Path) -> Any:

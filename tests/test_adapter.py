@@ -6,6 +6,7 @@ import os
 import pickle
 import tempfile
 import unicodedata
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save
 from torch import Tensor
@@ -214,6 +216,75 @@ def test_every_field_that_peft_writes_is_known(tmp_path: Path) -> None:
     assert read_adapter(write(tmp_path, written)).sites[0].scale == 2.0
 
 
+@pytest.mark.parametrize("field", ["use_dora", "use_rslora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"])
+@pytest.mark.parametrize("value", [1, "true", [], {}, 0])
+def test_flags_that_are_neither_true_nor_false_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    assert field in refused(write(tmp_path, {**PLAIN, field: value}))
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix"),
+    [
+        ({"use_dora": True}, None),
+        ({}, "lora_magnitude_vector"),
+        ({}, "lora_B.bias"),
+        ({"use_dora": True}, "lora_B.bias"),
+    ],
+)
+def test_tensors_that_the_config_does_not_speak_of_are_refused(
+    tmp_path: Path, config: dict[str, Any], suffix: str | None
+) -> None:
+    extra = {f"base_model.model.{NAME}.{suffix}": torch.ones(3)} if suffix else {}
+    message = refused(write(tmp_path, {**PLAIN, **config}, {**factors(), **extra}))
+    assert "use_dora is" in message or "lora_bias is" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", 3), ("target_modules", {"q_proj": 1}), ("target_modules", [1]), ("target_modules", [["q"]]),
+        ("exclude_modules", True), ("layers_to_transform", "0"), ("layers_to_transform", [0.5]),
+        ("layers_to_transform", [True]), ("layers_pattern", 0), ("target_parameters", "experts"),
+        ("target_parameters", [None]), ("modules_to_save", "lm_head"),
+    ],
+)  # fmt: skip
+def test_selectors_of_a_wrong_type_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    assert field in refused(write(tmp_path, {**PLAIN, field: value}))
+
+
+TARGET_RULES: list[tuple[dict[str, Any], bool]] = [
+    ({"target_modules": ["q_proj"]}, True),
+    ({"target_modules": ["proj"]}, False),
+    ({"target_modules": ["self_attn.q_proj"]}, True),
+    ({"target_modules": "q_proj"}, False),
+    ({"target_modules": r".*q_proj"}, True),
+    ({"target_modules": r".*(k|q)_proj|x"}, True),
+    ({"target_modules": "all-linear"}, True),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]}, False),
+    ({"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"}, False),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["k_proj"]}, True),
+    ({"target_modules": ["q_proj"], "layers_to_transform": 0}, True),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, False),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, True),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["blocks", "h"]}, False),
+]
+
+
+@pytest.mark.parametrize(("config", "is_hit"), TARGET_RULES)
+def test_modules_are_targeted_as_in_peft(tmp_path: Path, config: dict[str, Any], is_hit: bool) -> None:
+    folder = write(tmp_path, {**PLAIN, **config})
+    if is_hit:
+        assert read_adapter(folder).sites
+    else:
+        assert "does not target" in refused(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.LoraConfig(**config)
+    if config["target_modules"] != "all-linear":  # peft looks that up in a model
+        found = check_target_module_exists(theirs, NAME)
+        assert (bool(found) and type(found).__name__ != "_ExcludedModule") == is_hit
+
+
 @pytest.mark.parametrize("kind", ["lora", "LOHA", "", None, 1, ["LORA"], "LORA\n", "\x1b]0;evil\x07"])
 def test_other_kinds_of_adapter_are_refused(tmp_path: Path, kind: Any) -> None:
     assert "peft_type" in refused(write(tmp_path, {**PLAIN, "peft_type": kind}), UnsupportedError)
@@ -407,8 +478,6 @@ def test_a_pickle_beside_the_weights_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "feature"),
     [
-        ("lora_magnitude_vector", "DoRA"),
-        ("lora_magnitude_vector.weight", "DoRA"),
         ("lora_diag", "KaSA"),
         ("lora_C.weight", "not named as PEFT"),
         ("lora_A.weight.extra", "not named as PEFT"),

@@ -201,7 +201,7 @@ FAILURES: dict[str, tuple[Prepare, int, str]] = {
     "pickle only": (_after(_pickle_only), 4, "has only adapter_model.bin, a pickle"),
     "NaN in the adapter": (_after(lambda w: w.edit_tensors(_spoil)), 4, "holds NaN or Inf"),
     "another rank": (_after(lambda w: w.edit(r=5)), 4, "should have rank 5"),
-    "DoRA": (_after(_dora), 4, "DoRA"),
+    "DoRA": (lambda w: [*_after(_dora)(w), "--dora", "refuse"], 4, "DoRA"),
     "carried and strict": (lambda w: [*_after(_modules_to_save)(w), "--strict"], 4, "--strict: the adapter carries 1"),
     "no PEFT name": (_after(_add_tensor("model.norm.weight")), 4, "is not named as PEFT names"),
     "no LoRA": (_after(lambda w: w.edit(peft_type="IA3")), 4, 'peft_type "IA3"'),

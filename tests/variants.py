@@ -169,6 +169,13 @@ GOOD: dict[str, Variant] = {
         "output layer": {"target_modules": ["lm_head", "c_attn"]},
     }),
     **_variants("Other hosts", "mixtral", {"attention": {"target_modules": QV}}),
+    **_variants("Vision-language hosts", "llava", {
+        "language model by regex": {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
+        "names that both towers have": {"target_modules": ["gate_proj", "up_proj"]},
+        "output layer": {"target_modules": ["lm_head", "o_proj"]},
+        "towers excluded": {"target_modules": QV, "exclude_modules": r".*vision_tower.*"},
+        "embedding": {"target_modules": ["embed_tokens"]},
+    }),
     **_variants("Embeddings and output layers", "llama", _EMBEDDINGS),
     **_variants("Embeddings and output layers", "llama-tied", _TIED),
     **_variants("Embeddings and output layers", "gemma3", {"scaled embedding": {"target_modules": ["embed_tokens"]}}),
@@ -246,6 +253,7 @@ REFUSED: dict[str, Refused] = {
         "ties the updates", "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     ),
     "convolution with groups": Refused("groups", "convolution", {"target_modules": ["depthwise"], "r": 32}),
+    "updates of a vision tower": Refused("never run on a text prompt", "llava"),
     "other kinds of PEFT": Refused('not "LORA"', config={"peft_type": "LOHA"}),
     "a field of a newer PEFT that is on": Refused("unknown field use_new_idea", config={"use_new_idea": True}),
     "modules that the config does not target": Refused("does not target", config={"target_modules": ["q_proj"]}),

@@ -355,6 +355,16 @@ def weight_of(model: nn.Module, place: Place) -> Tensor:
     return weight.mT if is_swapped else weight.flatten(1)
 
 
+def is_copy(model: nn.Module, entry: Carried) -> bool:
+    """Whether a carried tensor holds what the model has in its place, in the model's dtype."""
+    if entry.weight is None:
+        return False
+    module, _, name = entry.weight.rpartition(".")
+    own = submodule(model, module).get_parameter(name).detach()
+    own = own if entry.rows is None else own[list(entry.rows)]
+    return torch.equal(entry.tensor.to(own.device, own.dtype), own)
+
+
 @contextmanager
 def _carrying(model: nn.Module, carried: Sequence[Carried]) -> Iterator[None]:
     """Run the model with an adapter's full replacements of weights, each in one module, as PEFT does.

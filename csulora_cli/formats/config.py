@@ -76,6 +76,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
             )
     _check_numbers(config)
     _check_selectors(config)
+    for field in ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"):
+        if not isinstance(config.get(field, False), (bool, type(None))):
+            raise AdapterError(f"{CONFIG_NAME} holds {_shown(config, field)}, not true or false", "Correct the config.")
 
 
 # Fields that select modules, and which types they may have; the entries of a list must be text (or layer numbers).

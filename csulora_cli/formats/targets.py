@@ -97,6 +97,7 @@ def _target(
     structure: Structure | None,
 ) -> Target:
     _check_roles(group)
+    _check_flags(config, group)
     key_a, key_b = group.names[Role.FACTOR_A].key, group.names[Role.FACTOR_B].key
     lora_a, lora_b = tensors[key_a], tensors[key_b]
     for letter, tensor in (("A", lora_a), ("B", lora_b)):
@@ -155,6 +156,21 @@ def _check_roles(group: Group) -> None:
         if role not in group.names:
             raise AdapterError(
                 f"module '{printable(group.module)}' has no lora_{role}", "Save or download the adapter again."
+            )
+
+
+# Tensors that PEFT reads only if the config says so, and those without which it would make up some of its own.
+_FLAGS = ((Role.BIAS, "lora_bias", False), (Role.MAGNITUDE, "use_dora", True))
+
+
+def _check_flags(config: Mapping[str, Any], group: Group) -> None:
+    for role, field, is_needed in _FLAGS:
+        is_on, is_there = bool(config.get(field)), role in group.names
+        if is_there != is_on and (is_there or is_needed):
+            raise AdapterError(
+                f"{field} is {str(is_on).lower()} in {CONFIG_NAME}, but '{printable(group.module)}' has "
+                f"{'a' if is_there else 'no'} lora {role}",
+                "The config and the weights do not belong together; download both again.",
             )
 
 
