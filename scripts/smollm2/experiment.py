@@ -103,7 +103,7 @@ def train(
 ) -> None:
     """Plain AdamW on whatever asks for gradients; weights stay in float32, products are in bfloat16 if asked for."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     model.train()
     started = time.monotonic()
     for step in range(schedule.steps):
