@@ -7,26 +7,27 @@ packages and forgives unknown fields. What an adapter may hold beyond plain LoRA
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from csulora_cli.errors import AdapterError, UnsupportedError
-from csulora_cli.files import MAX_JSON_BYTES, parse_json_object, read_bytes
-from csulora_cli.patterns import value_for
+from csulora_cli.files import MAX_JSON_BYTES, leaves_folder, parse_json_object, read_bytes
+from csulora_cli.patterns import time_limit, value_for
 from csulora_cli.solver.lowrank import squared_norm
+from csulora_cli.tensorfile import read_tensor_file
 from csulora_cli.text import number, printable, some
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_RANK = 2**16
 
 _PREFIX = "base_model.model."
@@ -59,6 +60,12 @@ _HARMLESS_FIELDS = {
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
+# What else the fields that are read may be; null is what PEFT writes for "not set".
+_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "rank_pattern": (dict,), "alpha_pattern": (dict,), "use_rslora": (bool,), "fan_in_fan_out": (bool,),
+    "target_modules": (str, list), "exclude_modules": (str, list),
+}  # fmt: skip
+_JSON_NAMES = {dict: "an object", bool: "true or false", str: "text", list: "a list"}
 _PLAIN_INITS = {True, False, "gaussian", "eva", "orthogonal", "mica"}
 _EXTRA_TENSORS = {
     ".lora_magnitude_vector": "DoRA",
@@ -158,21 +165,48 @@ def read_adapter(folder: Path) -> Adapter:
         AdapterError: a file is missing, unreadable, malformed, or holds values that are no adapter.
         UnsupportedError: the adapter uses a feature that is not repaired.
     """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        _check_link(folder / name)
     config_bytes = read_bytes(folder / CONFIG_NAME, _MissingConfigError, MAX_JSON_BYTES)
     config = parse_json_object(config_bytes, folder / CONFIG_NAME, AdapterError)
-    _check_fields(config)
-    if not (folder / WEIGHTS_NAME).exists():
+    with naming(CONFIG_NAME), time_limit():
+        _check_fields(config)
+    if not os.path.lexists(folder / WEIGHTS_NAME):
         _raise_no_weights(folder)
-    weights_bytes = read_bytes(folder / WEIGHTS_NAME, AdapterError)
-    try:
-        tensors = safetensors.torch.load(weights_bytes)
-    except (SafetensorError, ValueError, KeyError) as problem:
+    weights = read_tensor_file(folder / WEIGHTS_NAME, AdapterError)
+    with naming(WEIGHTS_NAME), time_limit():
+        modules = modules_from(config, weights.tensors)
+    return Adapter(folder, config, modules, {CONFIG_NAME: _digest(config_bytes), WEIGHTS_NAME: weights.sha256})
+
+
+def _check_link(path: Path) -> None:
+    if leaves_folder(path):
         raise AdapterError(
-            f"{printable(folder / WEIGHTS_NAME)} is not a safetensors file: {printable(problem)}",
-            "Download or save the adapter again; the file may be cut off or a Git LFS pointer.",
-        ) from None
-    sha256 = {CONFIG_NAME: _digest(config_bytes), WEIGHTS_NAME: _digest(weights_bytes)}
-    return Adapter(folder, config, modules_from(config, tensors), sha256)
+            f"{printable(path)} is a link that leaves the folder",
+            "Put a copy of the file there: a downloaded link could name any file of this machine.",
+        )
+
+
+def _check_size(name: str, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+    """Where ‖s·B·A‖_F fits the stored dtype, no entry of the update and no norm of it overflows."""
+    largest = min(torch.finfo(tensor.dtype).max for tensor in (lora_a, lora_b))
+    norm = abs(scale) * math.sqrt(squared_norm(lora_b, lora_a))
+    if not norm <= largest:
+        raise AdapterError(
+            f"the update of '{printable(name)}', lora_B times lora_A, overflows (norm {norm:.1g})",
+            "Training diverged or the file is damaged: use another checkpoint.",
+        )
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the name of the file that was read in front of refusals that name none."""
+    try:
+        yield
+    except AdapterError as problem:
+        if CONFIG_NAME in problem.message or WEIGHTS_NAME in problem.message:
+            raise
+        raise type(problem)(f"{name}: {problem.message}", problem.hint) from None
 
 
 def modules_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoraModule, ...]:
@@ -216,7 +250,8 @@ def _module(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) ->
             )
         if tensor.ndim != 2 or 0 in tensor.shape:
             raise AdapterError(
-                f"lora_{letter} of '{printable(name)}' has shape {tuple(tensor.shape)}, not two sizes above zero",
+                f"lora_{letter} of '{printable(name)}' has shape {printable(tuple(tensor.shape), 60)}, "
+                "not two sizes above zero",
                 "A sharded training run may have saved an unfinished adapter; save it again.",
             )
     rank = value_for(config.get("rank_pattern") or {}, name, config.get("r", 8), "rank_pattern")
@@ -232,12 +267,9 @@ def _module(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) ->
                 f"lora_{letter} of '{printable(name)}' holds NaN or Inf",
                 "Training diverged or the file is damaged: use another checkpoint.",
             )
-    if not math.isfinite(squared_norm(lora_b, lora_a)):
-        raise AdapterError(
-            f"the update of '{printable(name)}' is too large to compute with", "The file is damaged: use another one."
-        )
     alpha = value_for(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8), "alpha_pattern")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    _check_size(name, lora_a, lora_b, scale)
     return LoraModule(name, lora_a, lora_b, float(alpha), scale)
 
 
@@ -267,11 +299,12 @@ def _check_fields(config: Mapping[str, Any]) -> None:
             )
     _check_number(config, "r", config.get("r", 8), is_rank=True)
     _check_number(config, "lora_alpha", config.get("lora_alpha", 8), is_rank=False)
+    for field, types in _FIELD_TYPES.items():
+        if not isinstance(config.get(field), (*types, type(None))):
+            names = " or ".join(_JSON_NAMES[kind] for kind in types)
+            raise AdapterError(f"in {CONFIG_NAME} {_shown(config, field)} is not {names}", _CORRECT_HINT)
     for field, is_rank in (("rank_pattern", True), ("alpha_pattern", False)):
-        pattern = config.get(field) or {}
-        if not isinstance(pattern, dict):
-            raise AdapterError(f"{field} in {CONFIG_NAME} is not an object")
-        for key, value in pattern.items():
+        for key, value in (config.get(field) or {}).items():
             _check_number(config, f"{field}['{printable(key)}']", value, is_rank=is_rank)
 
 
@@ -283,10 +316,7 @@ def _check_number(config: Mapping[str, Any], field: str, value: Any, *, is_rank:
         is_good = type(value) in (int, float) and abs(value) <= 1e9 and math.isfinite(value)
         wanted = "a number"
     if not is_good:
-        raise AdapterError(
-            f"{field} in {CONFIG_NAME} is {printable(json.dumps(value))}, not {wanted}",
-            "Correct the config, or download the adapter again.",
-        )
+        raise AdapterError(f"{field} in {CONFIG_NAME} is {printable(json.dumps(value))}, not {wanted}", _CORRECT_HINT)
 
 
 def _shown(config: Mapping[str, Any], field: str) -> str:
@@ -294,6 +324,7 @@ def _shown(config: Mapping[str, Any], field: str) -> str:
     return f"{printable(field)} = {printable(value, 60)}"
 
 
+_CORRECT_HINT = "Correct the config, or download the adapter again."
 _UNSUPPORTED_HINT = "csulora repairs plain LoRA on Linear and Conv1D modules; nothing was written."
 
 
@@ -305,16 +336,18 @@ class _MissingConfigError(AdapterError):
 
 
 def _raise_no_weights(folder: Path) -> None:
-    for name in PICKLE_NAMES:
-        if (folder / name).exists():
-            raise AdapterError(
-                f"{printable(folder)} has only {name}, a pickle, which can run code when it is opened",
-                "Convert it on a machine you can lose: load it in PEFT and call "
-                "save_pretrained(..., safe_serialization=True).",
-            )
+    names = sorted(entry.name for entry in folder.iterdir())
+    if pickles := [name for name in names if name.endswith(PICKLE_ENDINGS)]:
+        raise AdapterError(
+            f"{printable(folder)} has only {some(pickles, 2)}, a pickle, which can run code when it is opened",
+            "Convert it on a machine you can lose: load it in PEFT and call "
+            "save_pretrained(..., safe_serialization=True).",
+        )
+    others = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+    found = f"; there is {some(others, 2)}" if others else ""
     raise AdapterError(
-        f"{WEIGHTS_NAME} is missing in {printable(folder)}",
-        f"An adapter folder holds {CONFIG_NAME} and {WEIGHTS_NAME}.",
+        f"{WEIGHTS_NAME} is missing in {printable(folder)}{found}",
+        f"An adapter folder holds {CONFIG_NAME} and {WEIGHTS_NAME}, in one piece and by these names.",
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from csulora_cli.engine.host import Factors
 from csulora_cli.errors import ResourceError, UsageError
-from csulora_cli.files import is_regular
+from csulora_cli.files import is_regular, leaves_folder
 from csulora_cli.locate import RUN_FILES
 from csulora_cli.solver.lowrank import pad_rank
 from csulora_cli.text import printable
@@ -189,7 +189,7 @@ def serialise(tensors: Mapping[str, Tensor]) -> bytes:
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy the small files that belong to an adapter, byte for byte. Returns their names, sorted.
 
-    Links are followed only to where the Hub cache keeps its files.
+    Links that leave the folder are not followed, but for those of the Hub cache.
     """
     copied = []
     for path in sorted(source.resolve().iterdir()):
@@ -197,17 +197,11 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             continue
         if path.name in (CARD_NAME, REPORT_NAME, CONFIG_NAME, WEIGHTS_NAME) or path.stat().st_size > MAX_COPIED_BYTES:
             continue
-        if path.is_symlink() and not _is_cache_link(path):
+        if leaves_folder(path):
             continue
         shutil.copyfile(path, target / path.name)
         copied.append(path.name)
     return copied
-
-
-def _is_cache_link(path: Path) -> bool:
-    """models--…/snapshots/<commit>/<file> -> models--…/blobs/<hash>."""
-    real = path.resolve()
-    return real.parent.name == "blobs" and path.parent.parent.parent.resolve() == real.parent.parent
 
 
 def cast_error(
