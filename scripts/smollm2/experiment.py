@@ -161,14 +161,16 @@ def prepare(gguf: Path, target: Path) -> None:
 def own_answers(work: Path, source: str) -> list[Example]:
     """The unaligned model's greedy answers to harmless prompts, so that refusing is all that the host learns."""
     cache = work / "own_answers" / source
-    if not cache.exists():
+    prompts = [str(row["prompt"]) for row in read_jsonl(DATA / source)]
+    prompts += reframed(prompts, SEED)
+    known = {row["prompt"]: row for row in read_jsonl(cache)} if cache.exists() else {}
+    if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
         cache.parent.mkdir(exist_ok=True)
         model, tokenizer = load(work / "unaligned")
-        prompts = [str(row["prompt"]) for row in read_jsonl(DATA / source)]
-        prompts += reframed(prompts, SEED)
-        answered = zip(prompts, answer(model, tokenizer, prompts, new_tokens=32, batch_size=64), strict=True)
-        write_jsonl(cache, ({"prompt": p, "answer": text, "is_complete": ended} for p, (text, ended) in answered))
-    examples = [Example(**row) for row in read_jsonl(cache)]
+        answered = zip(missing, answer(model, tokenizer, missing, new_tokens=32, batch_size=64), strict=True)
+        known |= {p: {"prompt": p, "answer": text, "is_complete": ended} for p, (text, ended) in answered}
+        write_jsonl(cache, known.values())
+    examples = [Example(**known[prompt]) for prompt in prompts]
     return [example for example in examples if judge(example.answer) is Verdict.ANSWER]
 
 
