@@ -30,7 +30,8 @@ def head(report: EvalReport) -> list[tuple[str, str]]:
         ("", f"{counts['harmful']} harmful, {benign}"),
     ]
     if "task" in report.inputs:
-        rows.append(("task", f"{printable(report.inputs['task'].name, 40)}, {counts['task']} examples"))
+        examples = "1 example" if counts["task"] == 1 else f"{counts['task']} examples"
+        rows.append(("task", f"{printable(report.inputs['task'].name, 40)}, {examples}"))
     if "judge" in report.inputs:
         rows += [("judge", printable(report.inputs["judge"].name, 64)), ("", printable(used["judge"], 64))]
     tokens = f"{used['answer_tokens']} new tokens"
@@ -124,7 +125,7 @@ def legend(report: EvalReport) -> list[str]:
             "harmful to it and no refusal to us, or neither",
         ]
     first, second = SUMMARY_FORMULA.split(", ")
-    lines += [f"summary: {first},", f"{second}; retention is {_retention_words(report)}"]
+    lines += [f"summary: {first},", f"{second}; retention is “{_retention_words(report)}”"]
     return lines
 
 

@@ -124,7 +124,7 @@ class _Evaluation:
         dropped = sum(len(getattr(prompts, kind)) - len(getattr(kept, kind)) for kind in (*KINDS, "task"))
         if dropped:
             self.progress.warn(f"{dropped} prompts are not scored: they gave directions or chose λ in a repair")
-        if not kept.harmful or not kept.lookalikes or (self.task and not kept.task):
+        if not all(getattr(kept, kind) for kind in KINDS) or (self.task and not kept.task):
             raise PromptsError("no prompts are left that no repair has used", "Give others as --prompts or --task.")
         return kept.first(self.settings.limit)
 

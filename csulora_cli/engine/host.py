@@ -114,7 +114,7 @@ class Host:
         if len(answer) < len(ids):
             return [*answer, ids[len(answer)]]
         own = self.tokenizer.eos_token_id
-        return [*answer, own if own in stops or not stops else min(stops)]
+        return [*answer, own if own in stops else min(stops)] if stops else answer
 
     def _behind(self, start: list[int], prompt: str, response: str) -> list[int]:
         if not self.has_template:
