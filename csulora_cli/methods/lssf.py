@@ -59,7 +59,7 @@ METHODS = (
         summary="adds the displacement's low-rank part back",
         symbol="α",
         grid=logarithmic(0.25, 4),
-        default=1,
+        default=1.0,
         observe=observe,
         repair=repair,
     ),

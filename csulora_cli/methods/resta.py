@@ -27,7 +27,7 @@ METHODS = (
         summary="adds the displacement back",
         symbol="γ",
         grid=logarithmic(0.25, 4),
-        default=1,
+        default=1.0,
         repair=repair,
     ),
 )

@@ -42,7 +42,7 @@ METHODS = (
         summary="empties the N modules of sharpest spectrum",
         symbol="N",
         grid=counts,
-        default=10,
+        default=10.0,
         repair=repair,
     ),
 )

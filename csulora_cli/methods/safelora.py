@@ -100,7 +100,7 @@ METHODS = (
         summary="SafeLoRA as published, N modules",
         symbol="N",
         grid=counts,
-        default=10,
+        default=10.0,
         observe=observe,
         repair=by_number,
     ),
