@@ -1,7 +1,6 @@
 """`fix_adapter`: the product. Everything that the command line does, without a terminal."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from csulora_cli.engine.host import Factors, Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath
+from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
 from csulora_cli.errors import AdapterError, HostError, VerificationError
 from csulora_cli.files import parse_json_object, read_bytes, sha256_of
@@ -33,13 +33,11 @@ from csulora_cli.opening import (
     resource_errors,
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
-from csulora_cli.report import FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
+from csulora_cli.report import FixReport, InputRecord, ModuleRecord, StrengthRecord
 from csulora_cli.settings import FixSettings, Source
 from csulora_cli.text import printable
 from csulora_cli.version import __version__
 
-# Below this many nats the adapter begins its answers to harmful prompts as the host does: there is nothing to repair.
-UNMOVED_KL = 0.02
 # First tokens of the adapter's own answers to benign prompts that β protects.
 PROTECTED_TOKENS = 48
 
@@ -205,23 +203,7 @@ class _Fix:
         assert host is not None
         self.progress.stage("strength")
         judge = KlJudge(host, self._encode(host, "tuning"), self._unchanged())
-        if not math.isfinite(judge.adapter_kl):
-            raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
-        limit = self.settings.chosen_target * judge.adapter_kl
-        if self.settings.target is None:
-            limit = min(limit, strength.LARGEST_LIMIT)
-        if judge.adapter_kl <= UNMOVED_KL:
-            return StrengthRecord(0.0, True, True, limit, judge.adapter_kl)
-
-        def try_strength(value: float) -> strength.PathPoint:
-            factors = path.repaired(value)
-            harmful_kl, benign_kl = judge.judge(factors)
-            self.progress.advance()
-            return strength.PathPoint(value, harmful_kl, benign_kl, effects.moved_share(self.modules, factors))
-
-        found = strength.smallest_strength(try_strength, limit)
-        points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.moved) for p in found.points)
-        return StrengthRecord(found.chosen.strength, True, found.is_reached, limit, judge.adapter_kl, points)
+        return find_strength(judge, self.modules, path.repaired, self.settings.target, self.progress)
 
     # Writing
 
