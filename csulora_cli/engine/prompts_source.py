@@ -1,6 +1,6 @@
 """Source "prompts": the closest updates that fade on what the host reads in harmful prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -9,6 +9,7 @@ from csulora_cli.engine.host import Factors, Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
     DirectionPrompts,
+    Encoded,
     InputGroup,
     Moments,
     collect_moments,
@@ -21,8 +22,17 @@ from csulora_cli.errors import HostError
 from csulora_cli.solver.attenuate import by_moments, by_tokens
 from csulora_cli.text import some
 
+# First tokens of the adapter's own answers to benign prompts that β protects.
+PROTECTED_TOKENS = 48
 # The repaired factors of the modules that read one input: (members, moments, β, λ) -> factors by module name.
 Solver = Callable[[Sequence[LoraModule], Moments, float, float], dict[str, Factors]]
+
+
+def protecting(host: Host, prompts: Encoded, adapter: Mapping[str, Factors], progress: Progress) -> DirectionPrompts:
+    """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
+    progress.stage("answers", len(prompts.benign))
+    with host.adapted(adapter):
+        return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, progress.advance))
 
 
 def closest(members: Sequence[LoraModule], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
