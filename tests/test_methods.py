@@ -281,7 +281,7 @@ def test_lssf_adds_the_leading_part_of_the_displacement(case: Case, strength: fl
     repaired = run(REGISTRY["lssf"], case, strength)
     for module in case.modules:
         d = case.displacements[module.name]
-        u, sigma, vt = torch.linalg.svd(d, full_matrices=False)
+        u, sigma, _ = torch.linalg.svd(d, full_matrices=False)
         shares = sigma.square() / sigma.square().sum()
         entropy = [-float((shares[: rho + 1] * shares[: rho + 1].log()).sum()) for rho in range(len(shares))]
         rank = next(rho + 1 for rho, value in enumerate(entropy) if value >= 0.8 * entropy[-1] * (1 - 1e-9))
