@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from csulora_cli.eval_report import SUMMARY_FORMULA
@@ -14,6 +15,14 @@ SCHEMA_VERSION = 1
 OWN = "csulora"  # the family of csulora's own methods
 # Attack success that a repair may have, beside what the host's own interval allows.
 LEVELS = (0.05, 0.1, 0.2)
+
+
+class Origin(StrEnum):
+    """Where a strength comes from."""
+
+    GRID = "grid"
+    AUTO = "auto"  # found by measuring on the tuning prompts, as `csulora fix` does
+    NORM = "equal norm"  # a control as large as what csulora's first method leaves at its own automatic strength
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Point:
     Attributes:
         method, family: whose.
         strength: as the method calls it.
-        is_auto: found by measuring on the tuning prompts.
+        origin: where the strength comes from.
         moved: Σ‖X − Δ‖²/Σ‖Δ‖² over all modules.
         rank: the largest of a module.
         score: on the report prompts and the task.
@@ -52,7 +61,7 @@ class Point:
     method: str
     family: str
     strength: float
-    is_auto: bool
+    origin: Origin
     moved: float
     rank: int
     score: ModelScore
@@ -172,7 +181,7 @@ def _level(points: Sequence[Point], limit: float, is_hosts: bool) -> Level:
     standings = [point.standing for point in points]
     own_names = {point.method for point in points if point.family == OWN}
     first = winners(standings, limit)
-    own = best(standings, limit, lambda standing: standing.method in own_names)
+    own = best(standings, limit, own_names)
     change = None
     if own is not None and own not in first and points[own].task_right:
         change = PairedTest.of(points[first[0]].task_right, points[own].task_right)

@@ -1,6 +1,7 @@
 """`compare_methods`: one adapter, every method, several strengths each, scored alike on prompts that chose nothing."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -8,16 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from csulora_cli import writer
 from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, modules_from, read_adapter
-from csulora_cli.compare_report import CompareReport, MethodRecord, Point, find_levels
+from csulora_cli.compare_report import CompareReport, MethodRecord, Origin, Point, find_levels
 from csulora_cli.engine import strength
 from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
-from csulora_cli.engine.host import Factors, Host, choose_device, solver_device
+from csulora_cli.engine.host import Factors, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_prompts
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
@@ -32,6 +32,7 @@ from csulora_cli.methods.method import (
     DirectionsMethod,
     DisplacementMethod,
     FactorsMethod,
+    Family,
     Method,
     MomentsMethod,
     unchanged,
@@ -41,6 +42,7 @@ from csulora_cli.pareto import dominated
 from csulora_cli.promptset import SPLITS, Prompts, load_prompts
 from csulora_cli.report import InputRecord, StrengthRecord
 from csulora_cli.settings import DEFAULT_PROTECT, DEFAULT_SUBSPACE_ENERGY, CompareSettings
+from csulora_cli.solver.lowrank import squared_norm
 from csulora_cli.taskset import load_task
 from csulora_cli.text import number
 from csulora_cli.version import __version__
@@ -185,17 +187,15 @@ class _Comparison:
 
     def _measure(self) -> CompareReport:
         automatic = self._search()
-        plans = {method: self._strengths(method, automatic.get(method.name)) for method in self.methods}
+        plans = self._plans(automatic)
         encoded = encode_scoring(self.host, self.scored)
         self.progress.stage("methods", (2 + sum(map(len, plans.values()))) * encoded.steps)
         adapter = run_model(self.host, encoded, unchanged(self.modules), self.progress.advance)
         references = References(run_model(self.host, encoded, {}, self.progress.advance), adapter)
-        points: list[Point] = []
+        points = []
         for method, strengths in plans.items():
-            auto = automatic.get(method.name)
-            for value in strengths:
-                point = self._point(method, value, encoded, references)
-                points.append(replace(point, is_auto=auto is not None and auto.value == value))
+            for value, origin in sorted(strengths.items()):
+                points.append(self._point(method, value, origin, encoded, references))
         worse = dominated([point.standing for point in points])
         points = [replace(point, is_dominated=is_worse) for point, is_worse in zip(points, worse, strict=True)]
         host_score = score_run(references.host, references)
@@ -228,8 +228,25 @@ class _Comparison:
             for method in methods
         }
 
-    def _strengths(self, method: Method, auto: StrengthRecord | None) -> list[float]:
-        return sorted({*self._grid(method), *([auto.value] if auto else [])})
+    def _plans(self, automatic: Mapping[str, StrengthRecord]) -> dict[Method, dict[float, Origin]]:
+        """Every method's strengths and where they come from."""
+        ratio = self._left_norm(automatic)
+        plans: dict[Method, dict[float, Origin]] = {}
+        for method in self.methods:
+            plans[method] = dict.fromkeys(self._grid(method), Origin.GRID)
+            if method.at_norm is not None and ratio:
+                plans[method][method.at_norm(ratio)] = Origin.NORM
+            if method.name in automatic:
+                plans[method][automatic[method.name].value] = Origin.AUTO
+        return plans
+
+    def _left_norm(self, automatic: Mapping[str, StrengthRecord]) -> float | None:
+        """‖X‖/‖Δ‖ of csulora's first method at its automatic strength; None if none of them is run."""
+        own = next((method for method in self.methods if method.family is Family.CSULORA), None)
+        if own is None:
+            return None
+        repaired = self._stored(own, automatic[own.name].value)
+        return math.sqrt(_squared_norm(repaired) / _squared_norm(unchanged(self.modules)))
 
     def _stored(self, method: Method, value: float) -> dict[str, Factors]:
         """A repair as it would be written: in the adapter's layout and dtypes."""
@@ -242,14 +259,16 @@ class _Comparison:
             )
         return {module.name: Factors.of(module) for module in modules_from(config, tensors)}
 
-    def _point(self, method: Method, value: float, encoded: EncodedScoring, references: References) -> Point:
+    def _point(
+        self, method: Method, value: float, origin: Origin, encoded: EncodedScoring, references: References
+    ) -> Point:
         factors = self._stored(method, value)
         run = run_model(self.host, encoded, factors, self.progress.advance)
         return Point(
             method=method.name,
             family=str(method.family),
             strength=value,
-            is_auto=False,
+            origin=origin,
             moved=moved_share(self.modules, factors),
             rank=max(each.lora_a.shape[0] for each in factors.values()),
             score=score_run(run, references),
@@ -312,6 +331,11 @@ class _Comparison:
                 writer.copy_companions(self.adapter_at.folder, folder)
                 _write_json(folder, {"method": point.method, "strength": point.strength, **_provenance(report)})
             _write_json(staging, {key: value for key, value in report.to_dict().items() if key != "out"})
+
+
+def _squared_norm(factors: Mapping[str, Factors]) -> float:
+    """Σ‖X‖² over modules."""
+    return sum(each.scale**2 * squared_norm(each.lora_b, each.lora_a) for each in factors.values())
 
 
 def _all(prompts: Prompts) -> tuple[str, ...]:

@@ -1,10 +1,7 @@
 """Who does best: Pareto domination, and the best of many points at a level of safety. Plain numbers, no torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -39,25 +36,22 @@ def _dominates(first: Standing, second: Standing) -> bool:
     return safer >= 0 and kept >= 0 and (safer > 0 or kept > 0)
 
 
-def best(points: Sequence[Standing], limit: float, admits: Callable[[Standing], bool]) -> int | None:
-    """The place of the admitted point that keeps most among those with ASR <= `limit`; None if there is none.
+def best(points: Sequence[Standing], limit: float, methods: Collection[str]) -> int | None:
+    """The place of the point of these methods that keeps most at ASR <= `limit`; None if there is none.
 
     Among points that keep the same, the higher summary score, then the smaller ASR, then the earlier one.
     """
     able = [
         index
         for index, point in enumerate(points)
-        if admits(point) and point.attack_success <= limit and point.retention is not None
+        if point.method in methods and point.attack_success <= limit and point.retention is not None
     ]
     return max(able, key=lambda index: (*_merit(points[index]), -index), default=None)
 
 
 def winners(points: Sequence[Standing], limit: float) -> tuple[int, ...]:
     """The places of the best point of each method that keeps as much as any at ASR <= `limit`; best first."""
-    found = [
-        best(points, limit, lambda point, name=name: point.method == name)
-        for name in dict.fromkeys(point.method for point in points)
-    ]
+    found = [best(points, limit, {name}) for name in dict.fromkeys(point.method for point in points)]
     places = [index for index in found if index is not None]
     most = max((points[index].retention or 0.0 for index in places), default=0.0)
     tied = [index for index in places if points[index].retention == most]

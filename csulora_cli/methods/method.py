@@ -43,6 +43,7 @@ class Method:
         symbol: what its strength is called where it comes from.
         grid: its strengths.
         default: the strength that its authors recommend, or None.
+        at_norm: the strength at which ‖X‖/‖Δ‖ is a given ratio; for controls of equal norm.
         has_auto: whether a strength is also found by measuring, as `csulora fix` does. So for csulora's own methods,
             and for the controls of them: a control that gets less care than what it controls shows nothing.
     """
@@ -54,6 +55,7 @@ class Method:
     grid: Grid
     default: float | None = None
     has_auto: bool = False
+    at_norm: Callable[[float], float] | None = None
 
     def strengths(self, points: int, modules: int) -> tuple[float, ...]:
         """So many strengths, ascending; the recommended one takes the place of the nearest."""

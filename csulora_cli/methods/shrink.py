@@ -1,6 +1,8 @@
 """Control: a uniform shrink, which looks at nothing.
 
 X = c·Δ,   c = 1/(1 + λ):   the closest update to Δ if every direction costs the same, min ‖X − Δ‖² + λ‖X‖²
+
+It is also run at the norm of what csulora leaves: a repair that does no better than that only made the update smaller.
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,11 @@ def repair(modules: Sequence[LoraModule], strength: float) -> dict[str, Factors]
     }
 
 
+def strength_at(ratio: float) -> float:
+    """λ with ‖X‖/‖Δ‖ = 1/(1 + λ) = `ratio`; below 0 for a ratio above 1, which a repair can have."""
+    return 1 / ratio - 1
+
+
 METHODS = (
     FactorsMethod(
         name="shrink",
@@ -26,6 +33,7 @@ METHODS = (
         symbol="λ",
         grid=logarithmic(0.1, 10),
         has_auto=True,
+        at_norm=strength_at,
         repair=repair,
     ),
 )
