@@ -90,7 +90,7 @@ def legend(report: CompareReport) -> list[str]:
 
 def _kept_legend(kind: RetentionKind) -> list[str]:
     if kind is RetentionKind.GENERAL_KL:
-        return ["kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host) on benign prompts, cut to 0 to 1"]
+        return ["kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), first answer token, on benign", "prompts, cut to 0 to 1"]
     return [f"kept: (model − host)/(adapter − host) on the task's {kind}, cut to 0 to 1"]
 
 
@@ -136,7 +136,7 @@ def verdict(report: CompareReport) -> list[str]:
     """What is to be said of all of it."""
     lines = [f"Read with care: {gate}." for gate in report.failed_gates]
     lines.append(
-        "The best of several points is a lucky one in part, for every method alike: only points with * were chosen on "
-        "other prompts than these."
+        "Which point keeps most is read off the prompts that score it, which flatters every method alike; points with "
+        "* were chosen on other prompts."
     )
     return lines
