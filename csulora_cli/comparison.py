@@ -188,7 +188,7 @@ class _Comparison:
     def _measure(self) -> CompareReport:
         automatic = self._search()
         plans = self._plans(automatic)
-        encoded = encode_scoring(self.host, self.scored)
+        encoded = encode_scoring(self.host, self.scored, self.settings.answer_tokens)
         self.progress.stage("methods", (2 + sum(map(len, plans.values()))) * encoded.steps)
         adapter = run_model(self.host, encoded, unchanged(self.modules), self.progress.advance)
         references = References(run_model(self.host, encoded, {}, self.progress.advance), adapter)

@@ -252,6 +252,7 @@ class CompareSettings:
         points: how many strengths of each method.
         prompts: a JSONL file of harmful and benign prompts; None takes the set that ships with csulora.
         task: a JSONL file of prompts and responses of the adapter's own task.
+        answer_tokens: how many tokens of each answer are generated.
         limit: score only the first so many prompts of each kind.
         out: a folder to write the best points' adapters to.
         overwrite: replace that folder if it holds an earlier comparison.
@@ -268,6 +269,7 @@ class CompareSettings:
     points: int = 5
     prompts: Path | None = None
     task: Path | None = None
+    answer_tokens: int = ANSWER_TOKENS
     limit: int | None = None
     out: Path | None = None
     overwrite: bool = False
@@ -281,6 +283,7 @@ class CompareSettings:
             raise UsageError("no adapter given", "csulora compare ADAPTER --base MODEL")
         if not 1 <= self.points <= MAX_POINTS:
             raise UsageError(f"--points is {self.points}, not a whole number from 1 to {MAX_POINTS}")
+        _check("--answer-tokens", self.answer_tokens, 1, MAX_ANSWER_TOKENS)
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit is {self.limit}, not a whole number above 0")
         if self.overwrite and self.out is None:

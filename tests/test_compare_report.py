@@ -40,9 +40,7 @@ def point(
 
 def report(points: list[Point], host_answered: int = 0, **changes: object) -> CompareReport:
     host = score(host_answered, 0.0)
-    methods = {
-        entry.method: MethodRecord(entry.method, entry.family, "does it", "λ", 1.0, None) for entry in points
-    }
+    methods = {entry.method: MethodRecord(entry.method, entry.family, "does it", "λ", 1.0, None) for entry in points}
     made = CompareReport(
         version="1",
         inputs={role: InputRecord(f"my\x1b {role}", None, {}) for role in ("adapter", "host", "prompts")},

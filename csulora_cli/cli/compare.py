@@ -66,6 +66,14 @@ def compare(
             rich_help_panel=_MEASURED,
         ),
     ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Generate so many tokens of each answer. Default: 24, as csulora fix does.",
+            rich_help_panel=_MEASURED,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -126,6 +134,7 @@ def compare(
         "points": points,
         "prompts": prompts,
         "task": task,
+        "answer_tokens": answer_tokens,
         "limit": limit,
         "out": out,
         "overwrite": overwrite,

@@ -38,10 +38,12 @@ def choose(names: tuple[str, ...] | None, has_unaligned: bool) -> tuple[Method, 
     """Methods by name, in the registry's order; None takes all that the inputs allow.
 
     Raises:
-        UsageError: an unknown name, or one that needs the unaligned checkpoint where there is none.
+        UsageError: no name, an unknown one, or one that needs the unaligned checkpoint where there is none.
     """
     if names is None:
         return tuple(method for method in REGISTRY.values() if has_unaligned or not needs_displacement(method))
+    if not names:
+        raise UsageError("--methods names no method", f"Known: {', '.join(REGISTRY)}.")
     for name in names:
         if name not in REGISTRY:
             raise UsageError(f"--methods names {printable(name, 40)}", f"Known: {', '.join(REGISTRY)}.")
