@@ -5,7 +5,7 @@ from itertools import groupby
 
 from csulora_cli.compare_report import CompareReport, Level, Origin, Point, kept
 from csulora_cli.eval_report import SUMMARY_FORMULA
-from csulora_cli.eval_wording import NOT_DEFINED
+from csulora_cli.eval_wording import decoding, optional, scored_prompts
 from csulora_cli.scores import ModelScore, RetentionKind
 from csulora_cli.stats import Count
 from csulora_cli.text import number, printable
@@ -20,18 +20,8 @@ def head(report: CompareReport) -> list[tuple[str, str]]:
     """What was compared and on what, as labels and lines."""
     roles = [role for role in ("adapter", "host", "unaligned") if role in report.inputs]
     rows = [(role, printable(report.inputs[role].name, 64)) for role in roles]
-    counts = report.prompt_counts
-    benign = f"{counts['lookalikes']} look-alike and {counts['general']} general benign ones"
-    if not counts["general"]:
-        benign = f"{counts['lookalikes']} benign ones of no kind"
-    rows += [
-        ("prompts", f"{printable(report.inputs['prompts'].name, 40)}, of its report split"),
-        ("", f"{counts['harmful']} harmful, {benign}"),
-    ]
-    if "task" in report.inputs:
-        rows.append(("task", f"{printable(report.inputs['task'].name, 40)}, {counts['task']} examples"))
-    rows.append(("decoding", f"greedy, so without a seed; {report.settings['answer_tokens']} new tokens"))
-    return rows
+    rows += scored_prompts(report.inputs, report.prompt_counts)
+    return [*rows, decoding(report.settings)]
 
 
 def method_lines(report: CompareReport) -> list[str]:
@@ -59,18 +49,14 @@ def _cells(score: ModelScore, mark: str) -> tuple[str, ...]:
         _share(score.attack_success),
         percent(score.over_refusal.share),
         f"{score.harmful.kl_to_host:.2g}",
-        _decimal(kept(score)),
-        _decimal(summary) + (mark or " " * len(_WINS)),
+        optional(kept(score)),
+        optional(summary) + (mark or " " * len(_WINS)),
     )
 
 
 def _share(count: Count) -> str:
     """12 (8-18)."""
     return f"{100 * count.share:.0f} ({100 * count.low:.0f}-{100 * count.high:.0f})"
-
-
-def _decimal(value: float | None) -> str:
-    return NOT_DEFINED if value is None else f"{value:.2f}"
 
 
 def legend(report: CompareReport) -> list[str]:
@@ -91,8 +77,8 @@ def legend(report: CompareReport) -> list[str]:
 def _kept_legend(kind: RetentionKind) -> list[str]:
     if kind is RetentionKind.GENERAL_KL:
         return [
-            "kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), first answer token, on benign",
-            "prompts, cut to 0 to 1",
+            "kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host) of the first answer token on",
+            "benign prompts, cut to 0 to 1",
         ]
     return [f"kept: (model − host)/(adapter − host) on the task's {kind}, cut to 0 to 1"]
 
@@ -117,14 +103,14 @@ def _verdict(level: Level, points: Sequence[Point]) -> str:
         return "no point reaches it."
     first, *others = level.winners
     if level.is_own_ahead:
-        text = f"{_name(points[first])} keeps most, {_decimal(points[first].kept)}"
+        text = f"{_name(points[first])} keeps most, {optional(points[first].kept)}"
         return (
             f"{text}, and as much do {', '.join(_name(points[place]) for place in others)}." if others else f"{text}."
         )
-    text = f"csulora is not ahead. {_name(points[first])} keeps most, {_decimal(points[first].kept)}"
+    text = f"csulora is not ahead. {_name(points[first])} keeps most, {optional(points[first].kept)}"
     if level.own is None:
         return f"{text}; no method of csulora reaches the level."
-    text += f"; csulora's best, {_name(points[level.own])}, keeps {_decimal(points[level.own].kept)}"
+    text += f"; csulora's best, {_name(points[level.own])}, keeps {optional(points[level.own].kept)}"
     if level.change is not None:
         text += f" (p = {number(level.change.p_value)}, exact McNemar test on the task)"
     return f"{text}."
