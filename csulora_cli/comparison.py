@@ -241,12 +241,12 @@ class _Comparison:
         return plans
 
     def _left_norm(self, automatic: Mapping[str, StrengthRecord]) -> float | None:
-        """‖X‖/‖Δ‖ of csulora's first method at its automatic strength; None if none of them is run."""
-        own = next((method for method in self.methods if method.family is Family.CSULORA), None)
-        if own is None:
+        """‖X‖/‖Δ‖ of csulora's first method at its automatic strength; None if none is run, or for Δ = 0."""
+        own = [method for method in self.methods if method.family is Family.CSULORA and method.name in automatic]
+        before = _squared_norm(unchanged(self.modules))
+        if not own or before == 0:
             return None
-        repaired = self._stored(own, automatic[own.name].value)
-        return math.sqrt(_squared_norm(repaired) / _squared_norm(unchanged(self.modules)))
+        return math.sqrt(_squared_norm(self._stored(own[0], automatic[own[0].name].value)) / before)
 
     def _stored(self, method: Method, value: float) -> dict[str, Factors]:
         """A repair as it would be written: in the adapter's layout and dtypes."""
