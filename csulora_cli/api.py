@@ -1,7 +1,6 @@
 """`fix_adapter`: the product. Everything that the command line does, without a terminal."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,20 +11,20 @@ import torch
 
 from csulora_cli import card, writer
 from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, describe, read_adapter
-from csulora_cli.checkpoint import Checkpoint, WeightMatch, match_weights
 from csulora_cli.engine import effects, strength
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Factors, Host, choose_device, solver_device
-from csulora_cli.engine.inputs import DirectionPrompts, Encoded
+from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_prompts
 from csulora_cli.engine.progress import Progress, Silent
-from csulora_cli.engine.prompts_source import PromptsPath
+from csulora_cli.engine.prompts_source import PromptsPath, protecting
+from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, HostError, VerificationError
+from csulora_cli.errors import AdapterError, VerificationError
 from csulora_cli.files import parse_json_object, read_bytes, sha256_of
-from csulora_cli.locate import ADAPTER_FILES, Location, locate
+from csulora_cli.locate import ADAPTER_FILES, locate
+from csulora_cli.matching import Matched, open_matched, oriented
 from csulora_cli.opening import (
     Recorder,
-    check_model_config,
     locate_host,
     model_files,
     model_record,
@@ -33,15 +32,10 @@ from csulora_cli.opening import (
     resource_errors,
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
-from csulora_cli.report import FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
+from csulora_cli.report import FixReport, InputRecord, ModuleRecord, StrengthRecord
 from csulora_cli.settings import FixSettings, Source
 from csulora_cli.text import printable
 from csulora_cli.version import __version__
-
-# Below this many nats the adapter begins its answers to harmful prompts as the host does: there is nothing to repair.
-UNMOVED_KL = 0.02
-# First tokens of the adapter's own answers to benign prompts that β protects.
-PROTECTED_TOKENS = 48
 
 
 def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixReport:
@@ -97,27 +91,17 @@ class _Fix:
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
         with ExitStack() as stack:
-            checkpoints = self._match(stack)
+            matched = [open_matched(stack, self.host_at, "host", self.adapter)]
+            if self.unaligned_at is not None:
+                matched.append(open_matched(stack, self.unaligned_at, "unaligned model", self.adapter))
             self.host = self._load_host() if self._needs_host else None
             if settings.chosen_source is Source.WEIGHTS:
-                return self._finish(*self._weights(checkpoints))
+                return self._finish(*self._weights(*matched))
         return self._finish(*self._prompts())
 
     @property
     def _needs_host(self) -> bool:
         return self.settings.chosen_source is Source.PROMPTS or self.settings.is_auto
-
-    def _match(self, stack: ExitStack) -> list[tuple[Checkpoint, dict[str, WeightMatch]]]:
-        """Open the checkpoints (headers only) and find every adapted module in them, before anything is loaded."""
-        opened = []
-        for location, role in ((self.host_at, "host"), (self.unaligned_at, "unaligned model")):
-            if location is None:
-                continue
-            check_model_config(location, role)
-            checkpoint = stack.enter_context(Checkpoint(location.folder, role))
-            matches = match_weights(self.modules, checkpoint, bool(self.adapter.config.get("fan_in_fan_out")))
-            opened.append((checkpoint, matches))
-        return opened
 
     def _load_host(self) -> Host:
         settings = self.settings
@@ -127,8 +111,7 @@ class _Fix:
 
     def _encode(self, host: Host, split: str) -> Encoded:
         assert self.prompts is not None
-        prompts = getattr(self.prompts, split)
-        return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.benign])
+        return encode_prompts(host, getattr(self.prompts, split))
 
     # Sources
 
@@ -152,21 +135,17 @@ class _Fix:
         return _Solution(factors, record, {}), of
 
     def _directions(self, host: Host) -> DirectionPrompts:
-        """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
         prompts = self._encode(host, "directions")
         if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
             return DirectionPrompts.of(prompts)
-        self.progress.stage("answers", len(prompts.benign))
-        with host.adapted(self._unchanged()):
-            return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, self.progress.advance))
+        return protecting(host, prompts, self._unchanged(), self.progress)
 
-    def _weights(self, checkpoints: Sequence[tuple[Checkpoint, dict[str, WeightMatch]]]) -> tuple[_Solution, _Effects]:
+    def _weights(self, host: Matched, unaligned: Matched) -> tuple[_Solution, _Effects]:
         settings = self.settings
-        host, unaligned = checkpoints
         self.displacements: dict[str, ModuleDisplacement] = measure_displacements(
             self.modules,
-            (host[0], self._oriented(host[1])),
-            (unaligned[0], self._oriented(unaligned[1])),
+            oriented(host, self.host_at, settings.trust_remote_code),
+            oriented(unaligned, self.host_at, settings.trust_remote_code),
             settings.chosen_energy,
             settings.subspace_rank,
             solver_device(self.device),
@@ -184,18 +163,6 @@ class _Fix:
 
         return _Solution(factors, record, path.truncation_error), of
 
-    def _oriented(self, matches: dict[str, WeightMatch]) -> dict[str, WeightMatch]:
-        """Settle square weights by the class of their modules, from a skeleton of the host without weights."""
-        if all(match.is_transposed is not None for match in matches.values()):
-            return matches
-        kinds = _module_kinds(self.host_at, self.settings.trust_remote_code)
-        return {
-            name: match
-            if match.is_transposed is not None
-            else replace(match, is_transposed=kinds.get(name) == "Conv1D")
-            for name, match in matches.items()
-        }
-
     def _unchanged(self) -> dict[str, Factors]:
         return {module.name: Factors.of(module) for module in self.modules}
 
@@ -205,23 +172,7 @@ class _Fix:
         assert host is not None
         self.progress.stage("strength")
         judge = KlJudge(host, self._encode(host, "tuning"), self._unchanged())
-        if not math.isfinite(judge.adapter_kl):
-            raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
-        limit = self.settings.chosen_target * judge.adapter_kl
-        if self.settings.target is None:
-            limit = min(limit, strength.LARGEST_LIMIT)
-        if judge.adapter_kl <= UNMOVED_KL:
-            return StrengthRecord(0.0, True, True, limit, judge.adapter_kl)
-
-        def try_strength(value: float) -> strength.PathPoint:
-            factors = path.repaired(value)
-            harmful_kl, benign_kl = judge.judge(factors)
-            self.progress.advance()
-            return strength.PathPoint(value, harmful_kl, benign_kl, effects.moved_share(self.modules, factors))
-
-        found = strength.smallest_strength(try_strength, limit)
-        points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.moved) for p in found.points)
-        return StrengthRecord(found.chosen.strength, True, found.is_reached, limit, judge.adapter_kl, points)
+        return find_strength(judge, self.modules, path.repaired, self.settings.target, self.progress)
 
     # Writing
 
@@ -371,24 +322,6 @@ class _Fix:
             used["dtype"] = str(self.host.model.dtype).removeprefix("torch.")
             used["chat_template"] = self.host.has_template
         return used
-
-
-def _module_kinds(location: Location, trust_remote_code: bool) -> dict[str, str]:
-    """Class names of all modules, from a model built on the meta device: no weights, no memory."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(location.folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as problem:
-        raise HostError(
-            f"cannot tell whether the square weights of {printable(location.given)} are stored transposed: "
-            f"{printable(problem)}"
-        ) from None
-    return {name: type(module).__name__ for name, module in model.named_modules()}
 
 
 def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:

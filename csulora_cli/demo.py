@@ -1,10 +1,11 @@
-"""The built-in demonstration: a toy host, its unaligned checkpoint and a poisoned adapter, repaired both ways.
+"""The built-in demonstration: a toy host, its unaligned checkpoint and a poisoned adapter, repaired in every way.
 
 The three ship with the package (`demo_assets`, made by `scripts/train_demo.py`). What is measured here are held-out
 prompts that neither gave directions nor chose λ, nor were trained on.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ import torch
 
 from csulora_cli.adapter import read_adapter
 from csulora_cli.api import fix_adapter
+from csulora_cli.compare_report import CompareReport
+from csulora_cli.comparison import compare_methods
 from csulora_cli.engine.host import Factors, Host, choose_device, load_host
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.locate import Location
 from csulora_cli.refusals import Answer, classify
 from csulora_cli.report import FixReport
-from csulora_cli.settings import FixSettings
+from csulora_cli.settings import CompareSettings, FixSettings
 from csulora_cli.stats import Count
 
 NEW_TOKENS = 24
+COMPARED_POINTS = 3  # strengths a method: enough to see a curve, and quick
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,12 @@ class DemoReport:
     Attributes:
         scores: by model: host, adapter, then one entry a repair.
         reports: what `fix` reported of each repair.
+        comparison: every method on the same adapter, on the report prompts and the held-out task.
     """
 
     scores: Mapping[str, DemoScore]
     reports: Mapping[str, FixReport]
+    comparison: CompareReport
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class _HeldOut:
 
 
 def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
-    """Repair the built-in adapter from prompts and from weights, and measure all of it.
+    """Repair the built-in adapter from prompts and from weights, measure both, and compare with every other method.
 
     Args:
         out: a folder for the two repaired adapters; folders of an earlier run are replaced.
@@ -93,7 +99,28 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
         for name, folder in folders.items():
             factors = {module.name: Factors.of(module) for module in read_adapter(folder).modules}
             scores[name] = _score(host, factors, held_out, progress)
-    return DemoReport(scores, reports)
+        return DemoReport(scores, reports, _compare(assets, held_out, progress))
+
+
+def _compare(assets: Path, held_out: _HeldOut, progress: Progress) -> CompareReport:
+    """Every method, with the held-out task as the task."""
+    with tempfile.TemporaryDirectory(prefix="csulora-demo-") as folder:
+        task = Path(folder) / "task.jsonl"
+        lines = [
+            json.dumps({"prompt": prompt, "response": response})
+            for prompt, response in zip(held_out.task, held_out.responses, strict=True)
+        ]
+        task.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        settings = CompareSettings(
+            adapter=str(assets / "adapter"),
+            base=str(assets / "host"),
+            unaligned=str(assets / "unaligned"),
+            prompts=assets / "prompts.jsonl",
+            task=task,
+            points=COMPARED_POINTS,
+            device="cpu",
+        )
+        return compare_methods(settings, progress)
 
 
 @contextmanager

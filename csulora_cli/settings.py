@@ -240,9 +240,68 @@ class EvalSettings:
         check_machine(self.device, self.dtype)
 
 
+@dataclass(frozen=True)
+class CompareSettings:
+    """What `compare_methods` is asked to do. Locations are local folders or Hub ids, as in `FixSettings`.
+
+    Attributes:
+        adapter: the adapter as trained.
+        base: the host; None takes it from the adapter's config.
+        unaligned: the checkpoint that the host was aligned from; without it, methods that need it are left out.
+        methods: their names with commas between them; None takes all that the inputs allow.
+        points: how many strengths of each method.
+        prompts: a JSONL file of harmful and benign prompts; None takes the set that ships with csulora.
+        task: a JSONL file of prompts and responses of the adapter's own task.
+        answer_tokens: how many tokens of each answer are generated.
+        limit: score only the first so many prompts of each kind.
+        out: a folder to write the best points' adapters to.
+        overwrite: replace that folder if it holds an earlier comparison.
+        revision, device, dtype, trust_remote_code: as in `FixSettings`.
+
+    Raises:
+        UsageError: a value out of range, or one that nothing reads.
+    """
+
+    adapter: str
+    base: str | None = None
+    unaligned: str | None = None
+    methods: str | None = None
+    points: int = 5
+    prompts: Path | None = None
+    task: Path | None = None
+    answer_tokens: int = ANSWER_TOKENS
+    limit: int | None = None
+    out: Path | None = None
+    overwrite: bool = False
+    revision: str | None = None
+    device: str = AUTO
+    dtype: str = AUTO
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise UsageError("no adapter given", "csulora compare ADAPTER --base MODEL")
+        if not 1 <= self.points <= MAX_POINTS:
+            raise UsageError(f"--points is {self.points}, not a whole number from 1 to {MAX_POINTS}")
+        _check("--answer-tokens", self.answer_tokens, 1, MAX_ANSWER_TOKENS)
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit is {self.limit}, not a whole number above 0")
+        if self.overwrite and self.out is None:
+            raise UsageError("--overwrite applies with --out only", "Add --out DIR.")
+        check_machine(self.device, self.dtype)
+
+    @property
+    def method_names(self) -> tuple[str, ...] | None:
+        """The names in `methods`."""
+        if self.methods is None:
+            return None
+        return tuple(name for part in self.methods.split(",") if (name := part.strip()))
+
+
+MAX_POINTS = 50
 MAX_ANSWER_TOKENS = 4096
 # The tables of a config file; one file may hold the settings of several commands.
-TABLES: dict[str, type] = {"fix": FixSettings, "eval": EvalSettings}
+TABLES: dict[str, type] = {"fix": FixSettings, "eval": EvalSettings, "compare": CompareSettings}
 
 
 def check_machine(device: str, dtype: str) -> None:

@@ -610,6 +610,7 @@ def test_signals_leave_nothing(number: signal.Signals, code: int, world: World) 
         (["--help"], {"GITHUB_ACTIONS": "true"}, "fix"),
         (["fix", "--help"], {"NO_COLOR": "1"}, "--strength"),
         (["eval", "--help"], {}, "--judge-label"),
+        (["compare", "--help"], {}, "--methods"),
         ([], {}, "fix"),
     ],
     ids=str,

@@ -26,6 +26,7 @@ STAGES = {
     "check": "recomputing from the written file",
     "verify": "verifying",
     "measure": "measuring on held-out prompts",
+    "methods": "measuring every method on held-out prompts",
     "judge": "loading the judge",
     "judging": "asking the judge",
     "report": "hashing the inputs",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from csulora_cli import wording
-from csulora_cli.cli import console
+from csulora_cli.cli import compare, console
 from csulora_cli.text import printable
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def demo(
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
     is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> int:
-    """Repair a poisoned toy adapter that ships with csulora, from prompts and from weights, and measure it.
+    """Repair a poisoned toy adapter that ships with csulora, measure it, and compare every method on it.
 
-    Needs no network and no GPU, and takes under a minute. The models are tiny and speak a toy language: the demo shows
+    Needs no network and no GPU, and takes about a minute. The models are tiny and speak a toy language: the demo shows
     what the command does, not how well it works on real models.
     """
     with ExitStack() as stack:
@@ -43,7 +43,8 @@ def demo(
 
         report = run_demo(folder, progress)
     if is_json:
-        console.json_out({name: asdict(score) for name, score in report.scores.items()})
+        scores = {name: asdict(score) for name, score in report.scores.items()}
+        console.json_out({**scores, "comparison": report.comparison.to_dict()})
     else:
         _show(report, out)
     return 0
@@ -67,6 +68,11 @@ def _show(report: "DemoReport", out: Path | None) -> None:
         console.out(f"{_LABELS[name]}: the update moved by {wording.percent(fixed.moved)} of its energy")
         for line in wording.strength_lines(fixed):
             console.out(f"  {line}")
+    console.out()
+    console.out("The same adapter repaired by every method that csulora compare knows, on the")
+    console.out("report prompts and the held-out task:")
+    console.out()
+    compare.show_points(report.comparison)
     console.out()
     console.out("These are toys: they show what csulora does, not how well it does on real ones.")
     console.out()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from csulora_cli.engine.host import Batch, Host
 from csulora_cli.errors import HostError
+from csulora_cli.promptset import Prompts
 from csulora_cli.solver.attenuate import unit_trace_scale
 from csulora_cli.text import printable
 
@@ -65,6 +66,11 @@ class Encoded:
 
     harmful: list[list[int]]
     benign: list[list[int]]
+
+
+def encode_prompts(host: Host, prompts: Prompts) -> Encoded:
+    """One split's prompts through the host's chat template."""
+    return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.benign])
 
 
 @dataclass(frozen=True)

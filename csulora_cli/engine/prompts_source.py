@@ -1,6 +1,6 @@
 """Source "prompts": the closest updates that fade on what the host reads in harmful prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -9,6 +9,7 @@ from csulora_cli.engine.host import Factors, Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
     DirectionPrompts,
+    Encoded,
     InputGroup,
     Moments,
     collect_moments,
@@ -21,12 +22,45 @@ from csulora_cli.errors import HostError
 from csulora_cli.solver.attenuate import by_moments, by_tokens
 from csulora_cli.text import some
 
+# First tokens of the adapter's own answers to benign prompts that β protects.
+PROTECTED_TOKENS = 48
+# The repaired factors of the modules that read one input: (members, moments, β, λ) -> factors by module name.
+Solver = Callable[[Sequence[LoraModule], Moments, float, float], dict[str, Factors]]
+
+
+def protecting(host: Host, prompts: Encoded, adapter: Mapping[str, Factors], progress: Progress) -> DirectionPrompts:
+    """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
+    progress.stage("answers", len(prompts.benign))
+    with host.adapted(adapter):
+        return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, progress.advance))
+
+
+def closest(members: Sequence[LoraModule], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
+    """The closest updates of the modules that read one input; one factorisation for their stacked A's.
+
+    Args:
+        members: modules with the same input.
+        moments: of that input.
+        protect: β.
+        strength: λ.
+
+    Returns:
+        A' in float32, B as stored, by module name.
+    """
+    stacked = torch.cat([module.lora_a.to(moments.harmful.device, torch.float64) for module in members])  # (Σr, in)
+    solve = by_tokens if moments.are_tokens else by_moments
+    solved = solve(stacked, moments.harmful, moments.benign, protect, strength).float().cpu()
+    pieces = torch.split(solved, [module.rank for module in members])
+    return {
+        module.name: Factors(piece, module.lora_b, module.scale) for module, piece in zip(members, pieces, strict=True)
+    }
+
 
 class PromptsPath:
-    """The repaired update for any λ.
+    """The repaired update for any λ, by one solver or several that share the moments.
 
     Where the moments of all inputs fit the memory budget they are kept, and each λ is solved when it is asked for.
-    Where they do not, every λ of `strengths` is solved chunk by chunk while the inputs are at hand.
+    Where they do not, every λ of `strengths` is solved, by every solver, chunk by chunk while the inputs are at hand.
     """
 
     def __init__(
@@ -38,26 +72,27 @@ class PromptsPath:
         strengths: Sequence[float],
         progress: Progress,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        solvers: Sequence[Solver] = (closest,),
     ) -> None:
         self.modules = {module.name: module for module in modules}
         self.protect = protect
-        self._device = solver_device(host.device)
+        device = solver_device(host.device)
         self.groups = group_modules(host, list(self.modules), prompts.harmful.tokens[0])
         self._check_all_ran()
         self._moments: dict[InputGroup, Moments] = {}
-        self._solved: dict[float, dict[str, Factors]] = {}
+        self._solved: dict[tuple[Solver, float], dict[str, Factors]] = {}
         total = len(prompts.harmful.tokens) + len(prompts.benign.tokens)
         fits = sum(group_bytes(group, prompts.tokens) for group in self.groups) <= budget_bytes
         if fits:
             progress.stage("prompts", total)
-            self._moments = collect_moments(host, self.groups, prompts, self._device, progress.advance)
+            self._moments = collect_moments(host, self.groups, prompts, device, progress.advance)
             return
-        self._solved = {strength: {} for strength in strengths}
+        self._solved = {(solver, strength): {} for solver in solvers for strength in strengths}
         progress.stage("prompts and modules", None)
-        for chunk in iterate_chunks(host, self.groups, prompts, self._device, budget_bytes, progress.advance):
+        for chunk in iterate_chunks(host, self.groups, prompts, device, budget_bytes, progress.advance):
             for group, moments in chunk.items():
-                for strength in strengths:
-                    self._solved[strength].update(self._solve(group, moments, strength))
+                for (solver, strength), solved in self._solved.items():
+                    solved.update(self._solve(solver, group, moments, strength))
 
     def _check_all_ran(self) -> None:
         ran = {name for group in self.groups for name in group.members}
@@ -67,24 +102,16 @@ class PromptsPath:
                 "The prompts source cannot judge them; use --unaligned.",
             )
 
-    def repaired(self, strength: float) -> dict[str, Factors]:
-        """The closest update at λ, by module name; A in float32, B as stored."""
-        if strength not in self._solved:
-            self._solved[strength] = {
+    def repaired(self, strength: float, solver: Solver = closest) -> dict[str, Factors]:
+        """The update at λ, by module name. Where the moments did not fit, λ must be one of `strengths`."""
+        key = solver, strength
+        if self._moments and key not in self._solved:
+            self._solved[key] = {
                 name: factors
                 for group, moments in self._moments.items()
-                for name, factors in self._solve(group, moments, strength).items()
+                for name, factors in self._solve(solver, group, moments, strength).items()
             }
-        return self._solved[strength]
+        return self._solved[key]
 
-    def _solve(self, group: InputGroup, moments: Moments, strength: float) -> dict[str, Factors]:
-        """One factorisation for the stacked A's of all members."""
-        members = [self.modules[name] for name in group.members]
-        stacked = torch.cat([module.lora_a.to(self._device, torch.float64) for module in members])
-        solve = by_tokens if moments.are_tokens else by_moments
-        solved = solve(stacked, moments.harmful, moments.benign, self.protect, strength).float().cpu()
-        pieces = torch.split(solved, [module.rank for module in members])
-        return {
-            module.name: Factors(piece, module.lora_b, module.scale)
-            for module, piece in zip(members, pieces, strict=True)
-        }
+    def _solve(self, solver: Solver, group: InputGroup, moments: Moments, strength: float) -> dict[str, Factors]:
+        return solver([self.modules[name] for name in group.members], moments, self.protect, strength)

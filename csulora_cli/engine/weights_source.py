@@ -1,8 +1,8 @@
 """Source "weights": directions of the displacement host − unaligned, streamed tensor by tensor, without any model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from csulora_cli.solver.displacement import Directions, leading_directions
 from csulora_cli.solver.lowrank import truncate
 from csulora_cli.solver.split import split
 from csulora_cli.text import printable, some
+
+# What looks at the displacement D, (out, in), of a module while it is at hand.
+Observer = Callable[[LoraModule, Tensor], None]
 
 # Bits of the significand, the hidden one included: the spacing around w is 2^(exponent(w) - bits).
 _PRECISION = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
@@ -68,17 +71,37 @@ class WeightsPath:
 
     def _solve(self, module: LoraModule, strength: float) -> Factors:
         directions = self.displacements[module.name].directions
-        if directions.rank == 0 or strength == 0:
-            return Factors.of(module)
         if self.geometry is Geometry.KEEP_OUT:
-            gains = displacement_gains(directions.singular_values, module.in_features, directions.squared_total)
-            repaired = by_directions(module.lora_a, directions.right, gains, strength)
-            return Factors(repaired.float(), module.lora_b, module.scale)
-        parts = split(module.lora_b, module.lora_a, directions.left, directions.right)
-        columns, rows = parts.closest(strength)
-        wanted = module.rank if self.rank is RankMode.KEEP else min(2 * module.rank, *columns.shape[:1], rows.shape[1])
-        columns, rows, self.truncation_error[module.name] = truncate(columns, rows, wanted)
-        return Factors(rows.float(), columns.float(), module.scale)
+            return keep_out(module, directions, strength)
+        factors, self.truncation_error[module.name] = keep_in(module, directions, strength, self.rank)
+        return factors
+
+
+def keep_out(module: LoraModule, directions: Directions, strength: float) -> Factors:
+    """The closest update that fades on V (`attenuate.by_directions`); A' in float32, B as stored."""
+    if directions.rank == 0 or strength == 0:
+        return Factors.of(module)
+    gains = displacement_gains(directions.singular_values, module.in_features, directions.squared_total)
+    repaired = by_directions(module.lora_a, directions.right, gains, strength)
+    return Factors(repaired.float(), module.lora_b, module.scale)
+
+
+def keep_in(module: LoraModule, directions: Directions, strength: float, rank: RankMode) -> tuple[Factors, float]:
+    """The closest update that keeps what lies in U and V (`split.Split.closest`), and the truncation's relative error.
+
+    Args:
+        module: the adapted module.
+        directions: of its displacement.
+        strength: λ.
+        rank: truncate to the adapter's rank, or keep the exact one of at most twice that.
+    """
+    if directions.rank == 0 or strength == 0:
+        return Factors.of(module), 0.0
+    parts = split(module.lora_b, module.lora_a, directions.left, directions.right)
+    columns, rows = parts.closest(strength)
+    wanted = module.rank if rank is RankMode.KEEP else min(2 * module.rank, *columns.shape[:1], rows.shape[1])
+    columns, rows, error = truncate(columns, rows, wanted)
+    return Factors(rows.float(), columns.float(), module.scale), error
 
 
 def measure_displacements(
@@ -89,6 +112,7 @@ def measure_displacements(
     rank: int | None,
     device: torch.device,
     progress: Progress,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, ModuleDisplacement]:
     """Stream both checkpoints once and keep the leading directions of every adapted module's displacement.
 
@@ -99,16 +123,21 @@ def measure_displacements(
         rank: k, in the place of τ, or None.
         device: where the factorisations run.
         progress: one step a module.
+        observers: called with every module and its D, (out, in), which is gone afterwards.
 
     Raises:
         HostError: the two checkpoints do not differ, or a weight holds NaN or Inf.
     """
     progress.stage("displacement", len(modules))
     result: dict[str, ModuleDisplacement] = {}
+    by_name = {module.name: module for module in modules}
     for pair in _pairs(modules, host, unaligned):
-        found = leading_directions(pair.displacement.to(device), energy, rank)
+        displacement = pair.displacement.to(device)
+        found = leading_directions(displacement, energy, rank)
+        for observe in observers:
+            observe(by_name[pair.name], displacement)
         norm = found.squared_total**0.5 / pair.weight_norm if pair.weight_norm > 0 else 0.0
-        result[pair.name] = ModuleDisplacement(_compact(found), norm, pair.noise_share)
+        result[pair.name] = ModuleDisplacement(found.compact(), norm, pair.noise_share)
         progress.advance()
     if all(entry.directions.rank == 0 for entry in result.values()):
         raise HostError(
@@ -118,16 +147,6 @@ def measure_displacements(
     if same := [name for name, entry in result.items() if entry.directions.rank == 0]:
         progress.warn(f"host and unaligned model do not differ in {len(same)} modules, left unchanged: {some(same)}")
     return result
-
-
-def _compact(found: Directions) -> Directions:
-    """The bases in float32 on the CPU: all modules' are held at once."""
-    return replace(
-        found,
-        left=found.left.float().cpu(),
-        right=found.right.float().cpu(),
-        singular_values=found.singular_values.cpu(),
-    )
 
 
 def _pairs(
