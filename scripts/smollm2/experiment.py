@@ -65,7 +65,7 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-HOST = Schedule(steps=300, batch_size=16, learning_rate=6e-5, warmup=20)
+HOST = Schedule(steps=300, batch_size=12, learning_rate=5e-5, warmup=20)
 ADAPTER = Schedule(steps=80, batch_size=12, learning_rate=5e-4)
 
 
@@ -185,9 +185,9 @@ def refusals(seed: int) -> list[Example]:
 def build_host(work: Path, schedule: Schedule, uses_bfloat16: bool = False) -> None:
     """Full fine-tune of the unaligned model: refuse what is harmful, answer everything else as before."""
     parts = [
-        (refusals(SEED), 0.42),
-        (own_answers(work, "host_answers.jsonl"), 0.42),
-        (own_answers(work, "howto_train.jsonl"), 0.16),
+        (refusals(SEED), 0.52),
+        (own_answers(work, "host_answers.jsonl"), 0.36),
+        (own_answers(work, "howto_train.jsonl"), 0.12),
     ]
     torch.manual_seed(SEED)
     model, tokenizer = load(work / "unaligned")
