@@ -1,0 +1,188 @@
+"""Report pages: one self-contained HTML text that opens from disk, without a script and without a request.
+
+Pure: reports in, text out; nothing is read but csulora's own templates, nothing is written. Every value passes
+`text.printable` and is escaped by the template engine, wherever it stands: names of tensors, prompts and paths are
+hostile. The same report gives the same bytes.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from csulora_cli import figures, wording
+from csulora_cli.report import FixReport, ModuleRecord, PathRecord
+from csulora_cli.text import number, printable
+from csulora_cli.version import __version__
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+# In the head of every page, and of no other: this is how a report is told from a file of somebody else's.
+MARK = '<meta name="generator" content="csulora report">'
+_LONGEST = 2000  # characters of a value; longer ones lose their middle
+_LAYER = re.compile(r"(?:^|(?<=\.))([0-9]{1,6})(?=\.|$)")
+_NO_LAYER = "–"
+# Numerator and denominator of a share of one module.
+_Parts = Callable[[ModuleRecord], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with its heading; `svg` is markup already."""
+
+    title: str
+    caption: str
+    svg: "Markup"
+
+
+def fix_page(report: FixReport) -> str:
+    """The page of one repair: verdict, before and after, the search of λ, what changed in the modules, all hashes."""
+    has_path = bool(report.strength.path)
+    return _render(
+        "fix.html",
+        report=report,
+        adapter=report.inputs["adapter"].name,
+        host=report.inputs["host"].name,
+        verdict=[*wording.verdict(report), wording.VERIFIED],
+        behaviour=wording.behaviour_table(report) if report.behaviour else None,
+        behaviour_note=wording.behaviour_note(report) if report.behaviour else "",
+        strength=wording.strength_lines(report),
+        path=wording.path_table(report) if has_path else None,
+        path_pictures=_path_pictures(report),
+        module_pictures=_module_pictures(report.modules),
+        groups=wording.module_table(report),
+        legend=wording.legend(report),
+        modules=wording.each_module_table(report),
+        settings=wording.settings_table(report),
+        hashes=_hash_table(report),
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    from markupsafe import Markup
+
+    return _environment().get_template(template).render(mark=Markup(MARK), version=__version__, **values)
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def fit(value: object) -> object:
+        """What the engine escapes next; markup is our own, made by a macro or a picture."""
+        return value if isinstance(value, Markup) else printable(value, _LONGEST)
+
+    return Environment(
+        loader=PackageLoader("csulora_cli", "templates"),
+        autoescape=True,
+        finalize=fit,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _picture(title: str, caption: str, svg: str) -> Picture:
+    from markupsafe import Markup
+
+    return Picture(title, caption, Markup(svg))  # figures escapes what it writes
+
+
+def _path_pictures(report: FixReport) -> list[Picture]:
+    """What the search of λ measured, one picture a quantity."""
+    record = report.strength
+    limit = record.limit if record.limit else None
+    dashed = f"nats; dashed: the limit, {number(limit)}" if limit else "nats"
+    wanted: list[tuple[str, str, Callable[[PathRecord], float], float | None, bool]] = [
+        ("KL to host, harmful", dashed, lambda point: point.harmful_kl, limit, False),
+        ("KL to adapter, benign", "nats", lambda point: point.benign_kl, None, False),
+        ("Moved", "‖X−Δ‖²/‖Δ‖²", lambda point: point.moved, None, True),
+    ]
+    pictures = []
+    for title, caption, value, line, is_share in wanted:
+        points = [(p.strength, value(p)) for p in record.path if p.strength > 0 and math.isfinite(value(p))]
+        if points:
+            strengths, values = zip(*points, strict=True)
+            data = figures.Curve(strengths, values, record.value, line, is_share)
+            pictures.append(_picture(title, caption, figures.curve(data, f"{title} over λ: same numbers as the table")))
+    return pictures
+
+
+def _module_pictures(modules: Sequence[ModuleRecord]) -> list[Picture]:
+    """Layers × modules: the distance moved, and what was removed of each energy."""
+
+    def moved(module: ModuleRecord) -> tuple[float, float]:
+        return module.energy * module.moved, module.energy
+
+    def removed(energy: str) -> _Parts:
+        return lambda m: (m.energy * (m.before[energy] - m.after[energy]), m.energy * m.before[energy])
+
+    wanted: list[tuple[str, str, _Parts]] = [("Moved", "‖X−Δ‖²/‖Δ‖²", moved)]
+    wanted += [(f"Removed, {energy}", "1 − after/before", removed(energy)) for energy in modules[0].before]
+    return [
+        _picture(title, caption, figures.heat_map(module_grid(modules, parts), f"{title} by layer and module"))
+        for title, caption, parts in wanted
+    ]
+
+
+def module_grid(modules: Iterable[ModuleRecord], parts: Callable[[ModuleRecord], tuple[float, float]]) -> figures.Grid:
+    """Layers × modules of Σ numerator / Σ denominator over the modules that share a cell.
+
+    The layer is the first number among the dotted parts of a name, as PEFT reads it; further numbers (experts) share a
+    column. Names without a number share one row. A grid of one row is turned, to read downwards.
+
+    Args:
+        modules: at least one.
+        parts: numerator and denominator of one module.
+    """
+    sums: dict[tuple[int, str], list[float]] = {}
+    for module in modules:
+        layer = _LAYER.search(module.name)
+        cell = sums.setdefault((int(layer[1]) if layer else -1, _LAYER.sub("*", module.name)), [0.0, 0.0])
+        for index, part in enumerate(parts(module)):
+            cell[index] += part
+    layers = sorted({layer for layer, _ in sums}, key=lambda layer: (layer < 0, layer))
+    kinds = list(dict.fromkeys(kind for _, kind in sums))
+    grid = figures.Grid(
+        tuple(str(layer) if layer >= 0 else _NO_LAYER for layer in layers),
+        tuple(_short_names(kinds)),
+        tuple(tuple(_share(sums.get((layer, kind))) for kind in kinds) for layer in layers),
+    )
+    return grid.transposed() if len(layers) == 1 else grid
+
+
+def _share(parts: Sequence[float] | None) -> float | None:
+    if parts is None or parts[1] == 0:
+        return None
+    share = parts[0] / parts[1]
+    return share if math.isfinite(share) else None
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The last dotted parts of every name: as many as tell all of them apart."""
+    split = [name.split(".") for name in names]
+    for count in range(1, max(map(len, split)) + 1):
+        short = [".".join(parts[-count:]) for parts in split]
+        if len(set(short)) == len(names):
+            return short
+    return list(names)
+
+
+def _hash_table(report: FixReport) -> wording.Table:
+    """Every file that was read or written, by role, with its SHA-256; a commit stands with the first."""
+    rows: list[tuple[str, str, str]] = []
+    for role, record in report.inputs.items():
+        if record.commit:
+            rows.append((role, "commit", record.commit))
+        rows += _hash_rows(role, record.sha256)
+    rows += _hash_rows("written", report.files)
+    return wording.Table(("", "file", "SHA-256"), tuple(rows))
+
+
+def _hash_rows(role: str, digests: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    return [(role, name, digest) for name, digest in digests.items()]
