@@ -1,15 +1,15 @@
 """`fix_adapter`: the product. Everything that the command line does, without a terminal."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from csulora_cli import card, writer
+from csulora_cli import card, html, writer
 from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, describe, read_adapter
 from csulora_cli.engine import effects, strength
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
@@ -19,8 +19,8 @@ from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, VerificationError
-from csulora_cli.files import parse_json_object, read_bytes, sha256_of
+from csulora_cli.errors import AdapterError, UsageError, VerificationError
+from csulora_cli.files import check_new_file, parse_json_object, read_bytes, sha256_of, staged_file
 from csulora_cli.locate import ADAPTER_FILES, locate
 from csulora_cli.matching import Matched, open_matched, oriented
 from csulora_cli.opening import (
@@ -82,6 +82,7 @@ class _Fix:
         self.adapter_at = locate(settings.adapter, ADAPTER_FILES, settings.revision)
         self.out = settings.out or Path(f"{self.adapter_at.name}-csulora")
         writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
+        self._check_report()
         self.adapter = read_adapter(self.adapter_at.folder)
         self.modules = self.adapter.modules
         self.device = choose_device(settings.device)
@@ -98,6 +99,19 @@ class _Fix:
             if settings.chosen_source is Source.WEIGHTS:
                 return self._finish(*self._weights(*matched))
         return self._finish(*self._prompts())
+
+    def _check_report(self) -> None:
+        """Check early that the report can be written.
+
+        Raises:
+            UsageError: it cannot, would replace another file, or would stand where the output folder is to be.
+        """
+        page = self.settings.report
+        if page is None:
+            return
+        check_new_file(page, "--report", self.settings.overwrite, html.MARK)
+        if page.resolve() in (self.out.resolve(), *self.out.resolve().parents):
+            raise UsageError(f"--report {printable(page)} is where --out {printable(self.out)} is to be")
 
     @property
     def _needs_host(self) -> bool:
@@ -177,7 +191,7 @@ class _Fix:
     # Writing
 
     def _finish(self, solution: _Solution, measure_effects: _Effects) -> FixReport:
-        with writer.staged(self.out) as staging:
+        with self._staged() as (staging, page):
             self.progress.stage("write")
             tensors, config = writer.stored_tensors(self.adapter, solution.factors)
             if not writer.is_finite(tensors):
@@ -206,7 +220,27 @@ class _Fix:
             (staging / writer.REPORT_NAME).write_text(
                 json.dumps(document, indent=2, ensure_ascii=True) + "\n", encoding="utf-8"
             )
+            if page is not None:
+                page.parent.mkdir(parents=True, exist_ok=True)
+                page.write_text(html.fix_page(report), encoding="utf-8")
         return report
+
+    @contextmanager
+    def _staged(self) -> Iterator[tuple[Path, Path | None]]:
+        """The output folder and the report as they are to become: both appear when the block ends well.
+
+        A report in the output folder comes and goes with it.
+        """
+        page, out = self.settings.report, self.out.resolve()
+        with ExitStack() as stack:
+            if page is None:
+                yield stack.enter_context(writer.staged(self.out)), None
+            elif out in page.resolve().parents:
+                staging = stack.enter_context(writer.staged(self.out))
+                yield staging, staging / page.resolve().relative_to(out)
+            else:
+                staged_page = stack.enter_context(staged_file(page))
+                yield stack.enter_context(writer.staged(self.out)), staged_page
 
     def _write_adapter(self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
         (staging / WEIGHTS_NAME).write_bytes(writer.serialise(tensors))

@@ -57,6 +57,7 @@ class FixSettings:
         base: the host, the model that the adapter was trained on; None takes it from the adapter's config.
         unaligned: the checkpoint that the host was aligned from; needed for the weights source.
         out: the folder to write; None means `<adapter name>-csulora` in the current folder.
+        report: an HTML page to write, too; it may lie in `out`.
         source: prompts or weights; None means weights if `unaligned` is given, else prompts.
         prompts: a JSONL file of harmful and benign prompts; None takes the set that ships with csulora.
         geometry: keep-in or keep-out, weights source (default keep-out).
@@ -71,7 +72,7 @@ class FixSettings:
         dtype: of the host's forward pass: auto, float32, bfloat16 or float16.
         revision: of the adapter on the Hub.
         trust_remote_code: let the host's own Python code run.
-        overwrite: replace an existing output folder that holds an adapter.
+        overwrite: replace an existing output folder that holds an adapter, and an existing report.
 
     Raises:
         UsageError: a value out of range, or one that the chosen source does not read.
@@ -81,6 +82,7 @@ class FixSettings:
     base: str | None = None
     unaligned: str | None = None
     out: Path | None = None
+    report: Path | None = None
     source: Source | None = None
     prompts: Path | None = None
     geometry: Geometry | None = None
@@ -112,6 +114,8 @@ class FixSettings:
             _check("--subspace-energy", self.subspace_energy, 1e-6, 1)
         if self.subspace_rank is not None and self.subspace_rank < 1:
             raise UsageError(f"--subspace-rank is {self.subspace_rank}, not a whole number above 0")
+        if self.report is not None:
+            check_report_name(self.report)
         check_machine(self.device, self.dtype)
 
     def _check_sources(self) -> None:
@@ -319,6 +323,16 @@ def check_machine(device: str, dtype: str) -> None:
 def _check(option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also false for NaN
         raise UsageError(f"{option} is {printable(value, 20)}, outside {low:g} to {high:g}")
+
+
+def check_report_name(report: Path) -> None:
+    """Check that a browser will take the file for a page, and that no other output of ours has its name.
+
+    Raises:
+        UsageError: it does not end in .html.
+    """
+    if report.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--report {printable(report)} does not end in .html", "Try --report report.html.")
 
 
 def read_config_file(path: Path, command: str) -> dict[str, Any]:

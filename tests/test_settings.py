@@ -182,6 +182,14 @@ def test_an_empty_file_gives_nothing(tmp_path: Path, text: str) -> None:
     assert config(tmp_path, text) == {}
 
 
+def test_a_report_is_a_page(tmp_path: Path) -> None:
+    assert config(tmp_path, '[fix]\nreport = "a b.html"') == {"report": Path("a b.html")}
+    for name in ("page.html", "folder/PAGE.HTM"):
+        assert FixSettings("a", report=Path(name)).report == Path(name)
+    for name in ("page", "page.html.txt", ".html", "\x1b"):
+        assert "does not end in .html" in refused(report=Path(name)).message
+
+
 def test_auto_is_a_strength(tmp_path: Path) -> None:
     assert config(tmp_path, '[fix]\nstrength = "auto"') == {"strength": "auto"}
 
