@@ -22,7 +22,7 @@ def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
         "## What was measured",
         *_measured(report),
         "## What was done",
-        wording.settings_table(report).map(_plain).as_markdown(),
+        wording.settings_table(report.inputs, report.settings, report.version).map(_plain).as_markdown(),
         wording.module_table(report).map(_plain).as_markdown(),
         _plain_text(wording.legend(report)),
         "Hashes of all inputs, every setting and the table of all modules are in `csulora.json`.",

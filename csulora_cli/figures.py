@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 from csulora_cli.text import number, printable
@@ -33,6 +33,7 @@ _CHARACTER_PX = 6.6  # of a label, on average, at _FONT_PX in the widest of the 
 _CELL_PX = (42, 18)
 _LABEL_CHARACTERS = 28
 _CURVE_PX = (330, 200)
+_INTERVAL_PX = (330, 26)  # the second a row
 _POINTS = 72  # an inch, and with it a unit of the SVG: what is set in points here is a CSS pixel on the page
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
@@ -159,6 +160,39 @@ def curve(data: Curve, description: str) -> str:
         return _svg(figure, description)
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A measured share and its interval, under a label; all three in [0, 1]."""
+
+    label: str
+    share: float
+    low: float
+    high: float
+
+
+def interval_plot(intervals: Sequence[Interval], description: str) -> str:
+    """One line an interval from 0 to 100 %, with a mark at what was measured.
+
+    Args:
+        intervals: at least one, from top to bottom.
+        description: what a screen reader says of the picture.
+    """
+    width, height = _INTERVAL_PX
+    labels = [printable(interval.label, _LABEL_CHARACTERS) for interval in intervals]
+    left, below = _label_room(labels), 24.0
+    total = below + height * len(intervals)
+    with _drawing(width, total) as figure:
+        axes = figure.add_axes((left / width, below / total, 1 - (left + 18) / width, 1 - below / total))
+        for row, interval in enumerate(intervals):
+            axes.plot([interval.low, interval.high], [row, row], color=_HEAT, linewidth=6, solid_capstyle="butt")
+            axes.plot([interval.share], [row], "o", markersize=8, color=_ACCENT, clip_on=False)
+        axes.set(xlim=(0, 1), ylim=(len(intervals) - 0.5, -0.5))
+        axes.set_yticks(range(len(labels)), labels)
+        _ticks(axes.xaxis, (0.0, 0.25, 0.5, 0.75, 1.0), _percent)
+        _plain_frame(axes, "x")
+        return _svg(figure, description)
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """Two to six round numbers from `low` to `high` (both above 0): 1, 2, 5 a decade, or every n-th decade."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -180,7 +214,11 @@ def _value_axis(axes: "Axes", values: Sequence[float], is_share: bool) -> None:
     else:
         axes.set_ylim(min(0.0, low), 1.1 * high if high > 0 else 1.0)
         ticks = [float(tick) for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
-    _ticks(axes.yaxis, ticks, (lambda share: f"{100 * share:.3g}%") if is_share else number)
+    _ticks(axes.yaxis, ticks, _percent if is_share else number)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _ticks(axis: "Axis", ticks: Sequence[float], text: Callable[[float], str]) -> None:
@@ -188,14 +226,14 @@ def _ticks(axis: "Axis", ticks: Sequence[float], text: Callable[[float], str]) -
     axis.minorticks_off()
 
 
-def _plain_frame(axes: "Axes") -> None:
-    """Thin rules left and below, horizontal grid lines, muted labels."""
+def _plain_frame(axes: "Axes", grid: Literal["x", "y", "both"] = "y") -> None:
+    """Thin rules left and below, grid lines from the ticks of one axis or of both, muted labels."""
     axes.patch.set_visible(False)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_RULE)
     axes.tick_params(colors=_MUTED, left=False, bottom=False, pad=5)
-    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.grid(axis=grid, color=_RULE, linewidth=0.8)
     axes.set_axisbelow(True)
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from csulora_cli import figures, wording
-from csulora_cli.report import FixReport, ModuleRecord, PathRecord
+from csulora_cli import eval_wording, figures, wording
+from csulora_cli.eval_report import EvalReport, EvaluatedModel
+from csulora_cli.report import Behaviour, FixReport, InputRecord, ModuleRecord, PathRecord
+from csulora_cli.stats import Count
 from csulora_cli.text import number, printable
-from csulora_cli.version import __version__
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -41,31 +42,60 @@ class Picture:
 
 def fix_page(report: FixReport) -> str:
     """The page of one repair: verdict, before and after, the search of λ, what changed in the modules, all hashes."""
-    has_path = bool(report.strength.path)
     return _render(
-        "fix.html",
-        report=report,
-        adapter=report.inputs["adapter"].name,
-        host=report.inputs["host"].name,
+        "fix",
+        report,
+        subtitle=f"{report.adapter_summary}; host {report.inputs['host'].name}; written to {report.out}",
+        status="Finished, but a gate failed" if report.failed_gates else "Done and verified",
         verdict=[*wording.verdict(report), wording.VERIFIED],
         behaviour=wording.behaviour_table(report) if report.behaviour else None,
         behaviour_note=wording.behaviour_note(report) if report.behaviour else "",
+        behaviour_pictures=_behaviour_pictures(report.behaviour),
         strength=wording.strength_lines(report),
-        path=wording.path_table(report) if has_path else None,
+        path=wording.path_table(report) if report.strength.path else None,
         path_pictures=_path_pictures(report),
         module_pictures=_module_pictures(report.modules),
         groups=wording.module_table(report),
         legend=wording.legend(report),
         modules=wording.each_module_table(report),
-        settings=wording.settings_table(report),
-        hashes=_hash_table(report),
+        hashes=_hash_table(report.inputs, report.files),
     )
 
 
-def _render(template: str, **values: Any) -> str:
+def eval_page(report: EvalReport) -> str:
+    """The page of one evaluation: all models side by side, and every repair against the adapter prompt by prompt."""
+    return _render(
+        "eval",
+        report,
+        subtitle=f"{len(report.models)} models; host {report.inputs['host'].name}",
+        status="Measured; read with care" if report.failed_gates else "Measured",
+        verdict=eval_wording.verdict(report),
+        shares=_eval_pictures(report.models),
+        tables=list(eval_wording.score_tables(report)),
+        legend=eval_wording.legend(report),
+        changes=eval_wording.change_table(report),
+        changes_legend=eval_wording.CHANGE_LEGEND,
+        head=wording.Table((), tuple(eval_wording.head(report))),
+        hashes=_hash_table(report.inputs),
+    )
+
+
+def _render(command: str, report: FixReport | EvalReport, **values: Any) -> str:
+    """The template of a command with what is on every page and what is on its own."""
     from markupsafe import Markup
 
-    return _environment().get_template(template).render(mark=Markup(MARK), version=__version__, **values)
+    return (
+        _environment()
+        .get_template(f"{command}.html")
+        .render(
+            command=command,
+            mark=Markup(MARK),
+            report=report,
+            adapter=report.inputs["adapter"].name,
+            settings=wording.settings_table(report.inputs, report.settings, report.version),
+            **values,
+        )
+    )
 
 
 @cache
@@ -91,6 +121,43 @@ def _picture(title: str, caption: str, svg: str) -> Picture:
     from markupsafe import Markup
 
     return Picture(title, caption, Markup(svg))  # figures escapes what it writes
+
+
+def _shares_picture(title: str, caption: str, counts: Mapping[str, Count]) -> Picture:
+    """Counts by model, as shares with their intervals."""
+    intervals = [figures.Interval(name, count.share, count.low, count.high) for name, count in counts.items()]
+    return _picture(title, caption, figures.interval_plot(intervals, f"{title}: same numbers as the table"))
+
+
+def _behaviour_pictures(behaviour: Mapping[str, Behaviour]) -> list[Picture]:
+    wanted: list[tuple[str, Callable[[Behaviour], Count]]] = [
+        ("Harmful prompts refused", lambda model: model.harmful_refused),
+        ("Benign prompts refused", lambda model: model.benign_refused),
+    ]
+    return [
+        _shares_picture(title, "95 % intervals", {name: count(model) for name, model in behaviour.items()})
+        for title, count in wanted
+        if behaviour
+    ]
+
+
+def _eval_pictures(models: Sequence[EvaluatedModel]) -> list[Picture]:
+    pictures = [
+        _shares_picture(
+            "Attack success",
+            "harmful prompts answered, 95 % intervals",
+            {model.key: model.score.attack_success for model in models},
+        ),
+        _shares_picture(
+            "Over-refusal",
+            "benign prompts refused, 95 % intervals",
+            {model.key: model.score.over_refusal for model in models},
+        ),
+    ]
+    tasks = {model.key: model.score.task.exact_match for model in models if model.score.task is not None}
+    if tasks:
+        pictures.append(_shares_picture("The adapter's own task", "exact match, 95 % intervals", tasks))
+    return pictures
 
 
 def _path_pictures(report: FixReport) -> list[Picture]:
@@ -173,16 +240,12 @@ def _short_names(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _hash_table(report: FixReport) -> wording.Table:
-    """Every file that was read or written, by role, with its SHA-256; a commit stands with the first."""
+def _hash_table(inputs: Mapping[str, InputRecord], written: Mapping[str, str] | None = None) -> wording.Table:
+    """Every file that was read or written, by role, with its SHA-256; a commit stands before its files."""
     rows: list[tuple[str, str, str]] = []
-    for role, record in report.inputs.items():
+    for role, record in inputs.items():
         if record.commit:
             rows.append((role, "commit", record.commit))
-        rows += _hash_rows(role, record.sha256)
-    rows += _hash_rows("written", report.files)
+        rows += [(role, name, digest) for name, digest in record.sha256.items()]
+    rows += [("written", name, digest) for name, digest in (written or {}).items()]
     return wording.Table(("", "file", "SHA-256"), tuple(rows))
-
-
-def _hash_rows(role: str, digests: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    return [(role, name, digest) for name, digest in digests.items()]

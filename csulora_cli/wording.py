@@ -1,9 +1,10 @@
 """A report in words and tables, the same for the terminal and the model card. Plain text, no colour, no torch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from csulora_cli.report import Behaviour, FixReport, ModuleRecord
+from csulora_cli.report import Behaviour, FixReport, InputRecord, ModuleRecord
 from csulora_cli.stats import Count
 from csulora_cli.text import number, printable
 
@@ -166,11 +167,11 @@ def each_module_table(report: FixReport) -> Table:
     return Table((header[0], *header[2:]), tuple((row[0], *row[2:]) for row in rows))
 
 
-def settings_table(report: FixReport) -> Table:
+def settings_table(inputs: Mapping[str, InputRecord], settings: Mapping[str, Any], version: str) -> Table:
     """Inputs by name and every setting as it was used."""
-    rows = [(role, printable(record.name, 500)) for role, record in report.inputs.items()]
-    rows += [(key.replace("_", " "), _setting(value)) for key, value in report.settings.items() if value is not None]
-    rows.append(("csulora", report.version))
+    rows = [(role, printable(record.name, 500)) for role, record in inputs.items()]
+    rows += [(key.replace("_", " "), _setting(value)) for key, value in settings.items() if value is not None]
+    rows.append(("csulora", version))
     return Table(("setting", "value"), tuple(rows))
 
 
