@@ -10,7 +10,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
@@ -25,14 +26,16 @@ if TYPE_CHECKING:
 # What matplotlib paints with, and the CSS variable that takes its place. No two variables share a colour.
 _CSS_COLOURS = {
     "#010101": "ink", "#020202": "muted", "#030303": "rule", "#040404": "accent", "#050505": "heat", "#060606": "paper",
+    "#070707": "second", "#080808": "panel",
 }  # fmt: skip
-_INK, _MUTED, _RULE, _ACCENT, _HEAT, _PAPER = _CSS_COLOURS
+_INK, _MUTED, _RULE, _ACCENT, _HEAT, _PAPER, _SECOND, _PANEL = _CSS_COLOURS
 _FONT_PX = 11
 _CELL_FONT_PX = 9.5
 _CHARACTER_PX = 6.6  # of a label, on average, at _FONT_PX in the widest of the common system fonts
 _CELL_PX = (42, 18)
 _LABEL_CHARACTERS = 28
 _CURVE_PX = (330, 200)
+_PLANE_PX = (343, 320)
 _INTERVAL_PX = (330, 26)  # the second a row
 _POINTS = 72  # an inch, and with it a unit of the SVG: what is set in points here is a CSS pixel on the page
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -191,6 +194,107 @@ def interval_plot(intervals: Sequence[Interval], description: str) -> str:
         _ticks(axes.xaxis, (0.0, 0.25, 0.5, 0.75, 1.0), _percent)
         _plain_frame(axes, "x")
         return _svg(figure, description)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One point of a trace, both axes in [0, 1].
+
+    Attributes:
+        x, y: where it stands.
+        is_filled: else it is hollow.
+        is_large: a larger mark.
+    """
+
+    x: float
+    y: float
+    is_filled: bool = True
+    is_large: bool = False
+
+
+class Look(StrEnum):
+    """How a trace stands out."""
+
+    STRONG = "strong"
+    PLAIN = "plain"
+    FAINT = "faint"
+    POINT = "point"  # no line
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A line through points; traces of one look are told apart by their marks, which come again after the last."""
+
+    look: Look
+    mark: int
+    spots: tuple[Spot, ...]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Traces over two shares.
+
+    Attributes:
+        x_label, y_label: what the axes are.
+        traces: the first is drawn on top.
+        band: the part of the x axis from 0 that is shaded, if any.
+    """
+
+    x_label: str
+    y_label: str
+    traces: tuple[Trace, ...]
+    band: float | None = None
+
+
+# Colour, width and dashes of a line, and the marks on it.
+_LOOKS = {
+    Look.STRONG: (_ACCENT, 2.5, "-", "os^DvPX*<>"),
+    Look.PLAIN: (_SECOND, 1.2, "-", "os^DvPX*<>"),
+    Look.FAINT: (_MUTED, 1.0, (0, (3, 2)), "os^DvPX*<>"),
+    Look.POINT: (_INK, 0.0, "none", "+x"),
+}
+
+
+def plane(data: Plane, description: str) -> str:
+    """Two shares against each other, one line a trace.
+
+    Args:
+        data: what to draw.
+        description: what a screen reader says of the picture.
+    """
+    width, height = _PLANE_PX
+    with _drawing(width, height) as figure:
+        axes = figure.add_axes((62 / width, 44 / height, 1 - 76 / width, 1 - 56 / height))
+        if data.band:
+            axes.axvspan(0, min(1.0, data.band), color=_PANEL, linewidth=0)
+        for trace in reversed(data.traces):
+            _draw_trace(axes, trace, [spot.x for spot in trace.spots], [spot.y for spot in trace.spots])
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        for axis in (axes.xaxis, axes.yaxis):
+            _ticks(axis, (0.0, 0.25, 0.5, 0.75, 1.0), _percent)
+        axes.set_xlabel(data.x_label, color=_MUTED)
+        axes.set_ylabel(data.y_label, color=_MUTED)
+        _plain_frame(axes, "both")
+        return _svg(figure, description)
+
+
+def swatch(trace: Trace, description: str) -> str:
+    """A line with its mark, for the legend of a plane."""
+    with _drawing(34, 16) as figure:
+        axes = _pixel_axes(figure)
+        middle = Spot(17, 8, is_large=trace.look is Look.POINT)
+        _draw_trace(axes, replace(trace, spots=(middle,)), [3, 17, 31], [8, 8, 8])
+        return _svg(figure, description)
+
+
+def _draw_trace(axes: "Axes", trace: Trace, xs: Sequence[float], ys: Sequence[float]) -> None:
+    colour, width, dashes, marks = _LOOKS[trace.look]
+    axes.plot(xs, ys, color=colour, linewidth=width, linestyle=dashes)
+    for spot in trace.spots:
+        axes.plot(
+            [spot.x], [spot.y], marks[trace.mark % len(marks)], color=colour, clip_on=False,
+            markerfacecolor=colour if spot.is_filled else _PAPER, markersize=10 if spot.is_large else 6,
+        )  # fmt: skip
 
 
 def log_ticks(low: float, high: float) -> list[float]:

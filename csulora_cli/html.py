@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from csulora_cli import eval_wording, figures, wording
+from csulora_cli import compare_wording, eval_wording, figures, wording
+from csulora_cli.compare_report import OWN, CompareReport, Origin, Point, kept
 from csulora_cli.eval_report import EvalReport, EvaluatedModel
 from csulora_cli.report import Behaviour, FixReport, InputRecord, ModuleRecord, PathRecord
 from csulora_cli.stats import Count
@@ -47,6 +48,7 @@ def fix_page(report: FixReport) -> str:
         report,
         subtitle=f"{report.adapter_summary}; host {report.inputs['host'].name}; written to {report.out}",
         status="Finished, but a gate failed" if report.failed_gates else "Done and verified",
+        tone="bad" if report.failed_gates else "good",
         verdict=[*wording.verdict(report), wording.VERIFIED],
         behaviour=wording.behaviour_table(report) if report.behaviour else None,
         behaviour_note=wording.behaviour_note(report) if report.behaviour else "",
@@ -69,6 +71,7 @@ def eval_page(report: EvalReport) -> str:
         report,
         subtitle=f"{len(report.models)} models; host {report.inputs['host'].name}",
         status="Measured; read with care" if report.failed_gates else "Measured",
+        tone="bad" if report.failed_gates else "plain",
         verdict=eval_wording.verdict(report),
         shares=_eval_pictures(report.models),
         tables=list(eval_wording.score_tables(report)),
@@ -80,7 +83,31 @@ def eval_page(report: EvalReport) -> str:
     )
 
 
-def _render(command: str, report: FixReport | EvalReport, **values: Any) -> str:
+def compare_page(report: CompareReport) -> str:
+    """The page of one comparison: who keeps most at which level of safety, as sentences, picture and table."""
+    traces = _traces(report)
+    return _render(
+        "compare",
+        report,
+        subtitle=f"{len(report.methods)} methods, {len(report.points)} points; host {report.inputs['host'].name}",
+        status="Compared; read with care" if report.failed_gates else "Compared",
+        tone="bad" if report.failed_gates else "plain",
+        verdict=[*compare_wording.level_lines(report), *compare_wording.verdict(report)],
+        plane=_plane(report, traces),
+        plane_legend=_plane_legend(traces),
+        plane_notes=_PLANE_NOTES,
+        points=compare_wording.point_table(report),
+        legend=compare_wording.legend(report),
+        methods=wording.Table(
+            ("method", "family", "strength", "what it does"),
+            tuple((method.name, method.family, method.symbol, method.summary) for method in report.methods),
+        ),
+        head=wording.Table((), tuple(compare_wording.head(report))),
+        hashes=_hash_table(report.inputs),
+    )
+
+
+def _render(command: str, report: FixReport | EvalReport | CompareReport, **values: Any) -> str:
     """The template of a command with what is on every page and what is on its own."""
     from markupsafe import Markup
 
@@ -194,6 +221,66 @@ def _module_pictures(modules: Sequence[ModuleRecord]) -> list[Picture]:
     return [
         _picture(title, caption, figures.heat_map(module_grid(modules, parts), f"{title} by layer and module"))
         for title, caption, parts in wanted
+    ]
+
+
+_PLANE_NOTES = (
+    "Upper left is better: no attack success, everything kept. One line a method, through its strengths in ascending "
+    "order. Shaded: up to the upper end of the interval of the host's own attack success.",
+    "Hollow: another point is at least as good on both axes and better on one. Large: the strength was found on tuning "
+    "prompts, as csulora fix finds it.",
+)
+_LOOKS = {OWN: figures.Look.STRONG, "peer": figures.Look.PLAIN}
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """One line of the plane in its legend; `family` stands above the first of each."""
+
+    name: str
+    family: str
+    swatch: "Markup"
+
+
+def _traces(report: CompareReport) -> dict[tuple[str, str], figures.Trace]:
+    """Host and adapter, then one line a method, by family and name; csulora's own stand out."""
+    traces = {}
+    for mark, (name, score) in enumerate((("host", report.host), ("adapter", report.adapter))):
+        if (share := kept(score)) is not None:
+            spot = figures.Spot(score.attack_success.share, share, is_large=True)
+            traces["unrepaired", name] = figures.Trace(figures.Look.POINT, mark, (spot,))
+    counts: dict[str, int] = {}
+    for method in report.methods:
+        mark = counts[method.family] = counts.get(method.family, -1) + 1
+        spots = tuple(
+            figures.Spot(point.score.attack_success.share, point.kept, not point.is_dominated, _is_auto(point))
+            for point in report.points
+            if point.method == method.name and point.kept is not None
+        )
+        look = _LOOKS.get(method.family, figures.Look.FAINT)
+        traces[method.family, method.name] = figures.Trace(look, mark, spots)
+    return traces
+
+
+def _is_auto(point: Point) -> bool:
+    return point.origin is Origin.AUTO
+
+
+def _plane(report: CompareReport, traces: Mapping[tuple[str, str], figures.Trace]) -> "Markup | None":
+    from markupsafe import Markup
+
+    if not any(trace.spots for trace in traces.values()):
+        return None
+    data = figures.Plane("attack success", "kept", tuple(traces.values()), report.host.attack_success.high)
+    return Markup(figures.plane(data, "What every method keeps over its attack success: same numbers as the table"))
+
+
+def _plane_legend(traces: Mapping[tuple[str, str], figures.Trace]) -> list[LegendEntry]:
+    from markupsafe import Markup
+
+    return [
+        LegendEntry(name, family, Markup(figures.swatch(trace, f"{family}: {name}")))
+        for (family, name), trace in traces.items()
     ]
 
 
