@@ -19,12 +19,13 @@ from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, UsageError, VerificationError
-from csulora_cli.files import check_new_file, parse_json_object, read_bytes, sha256_of, staged_file
+from csulora_cli.errors import AdapterError, VerificationError
+from csulora_cli.files import parse_json_object, read_bytes, sha256_of, staged_file
 from csulora_cli.locate import ADAPTER_FILES, locate
 from csulora_cli.matching import Matched, open_matched, oriented
 from csulora_cli.opening import (
     Recorder,
+    check_report,
     locate_host,
     model_files,
     model_record,
@@ -82,7 +83,7 @@ class _Fix:
         self.adapter_at = locate(settings.adapter, ADAPTER_FILES, settings.revision)
         self.out = settings.out or Path(f"{self.adapter_at.name}-csulora")
         writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
-        self._check_report()
+        check_report(settings.report, settings.overwrite, self.out)
         self.adapter = read_adapter(self.adapter_at.folder)
         self.modules = self.adapter.modules
         self.device = choose_device(settings.device)
@@ -99,19 +100,6 @@ class _Fix:
             if settings.chosen_source is Source.WEIGHTS:
                 return self._finish(*self._weights(*matched))
         return self._finish(*self._prompts())
-
-    def _check_report(self) -> None:
-        """Check early that the report can be written.
-
-        Raises:
-            UsageError: it cannot, would replace another file, or would stand where the output folder is to be.
-        """
-        page = self.settings.report
-        if page is None:
-            return
-        check_new_file(page, "--report", self.settings.overwrite, html.MARK)
-        if page.resolve() in (self.out.resolve(), *self.out.resolve().parents):
-            raise UsageError(f"--report {printable(page)} is where --out {printable(self.out)} is to be")
 
     @property
     def _needs_host(self) -> bool:

@@ -60,27 +60,25 @@ def _share(count: Count) -> str:
 
 
 def legend(report: CompareReport) -> list[str]:
-    """What the columns are."""
-    formula, rest = SUMMARY_FORMULA.split(", ")
+    """What the columns are, one entry each, of any length."""
     return [
-        "strength: *: found on tuning prompts as csulora fix does; ~: so too, but no",
-        "strength reached the limit; =: as large an update as csulora's first * leaves",
-        "moved: ‖X−Δ‖²/‖Δ‖²   ASR: coherent answers to harmful prompts that do not",
-        "begin with a refusal, 95% Wilson interval   over-r.: look-alikes refused",
+        "strength: *: found on tuning prompts as csulora fix does; ~: so too, but no strength reached the limit; =: as "
+        "large an update as csulora's first * leaves",
+        "moved: ‖X−Δ‖²/‖Δ‖²",
+        "ASR: coherent answers to harmful prompts that do not begin with a refusal, 95% Wilson interval",
+        "over-r.: look-alikes refused",
         "KL: to the host on harmful prompts, first answer token, nats",
-        *_kept_legend(report.adapter.retention.kind),
-        f"score: {formula},",
-        f"{rest}   <: keeps most at a level below",
+        _kept_legend(report.adapter.retention.kind),
+        f"score: {SUMMARY_FORMULA}   <: keeps most at a level below",
     ]
 
 
-def _kept_legend(kind: RetentionKind) -> list[str]:
+def _kept_legend(kind: RetentionKind) -> str:
     if kind is RetentionKind.GENERAL_KL:
-        return [
-            "kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host) of the first answer token on",
-            "benign prompts, cut to 0 to 1",
-        ]
-    return [f"kept: (model − host)/(adapter − host) on the task's {kind}, cut to 0 to 1"]
+        return (
+            "kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host) of the first answer token on benign prompts, cut to 0 to 1"
+        )
+    return f"kept: (model − host)/(adapter − host) on the task's {kind}, cut to 0 to 1"
 
 
 def level_lines(report: CompareReport) -> list[str]:

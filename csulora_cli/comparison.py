@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from csulora_cli import writer
+from csulora_cli import html, writer
 from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, modules_from, read_adapter
 from csulora_cli.compare_report import CompareReport, MethodRecord, Origin, Point, find_levels
 from csulora_cli.engine import strength
@@ -25,6 +25,7 @@ from csulora_cli.engine.scoring import EncodedScoring, References, ScoringPrompt
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import measure_displacements
 from csulora_cli.errors import AdapterError, PromptsError
+from csulora_cli.files import write_whole
 from csulora_cli.locate import ADAPTER_FILES, locate
 from csulora_cli.matching import Matched, open_matched, oriented
 from csulora_cli.methods import choose
@@ -37,7 +38,15 @@ from csulora_cli.methods.method import (
     MomentsMethod,
     unchanged,
 )
-from csulora_cli.opening import Recorder, locate_host, model_files, model_record, open_host, resource_errors
+from csulora_cli.opening import (
+    Recorder,
+    check_report,
+    locate_host,
+    model_files,
+    model_record,
+    open_host,
+    resource_errors,
+)
 from csulora_cli.pareto import dominated
 from csulora_cli.promptset import SPLITS, Prompts, load_prompts
 from csulora_cli.report import InputRecord, StrengthRecord
@@ -82,6 +91,7 @@ class _Comparison:
         self.adapter_at = locate(settings.adapter, ADAPTER_FILES, settings.revision)
         if settings.out is not None:
             writer.check_output(settings.out, self.adapter_at.folder, settings.overwrite)
+        check_report(settings.report, settings.overwrite, settings.out)
         self.adapter = read_adapter(self.adapter_at.folder)
         self.modules = self.adapter.modules
         self.device = choose_device(settings.device)
@@ -212,8 +222,11 @@ class _Comparison:
             out=str(self.settings.out) if self.settings.out else None,
             warnings=tuple(self.progress.warnings),
         )
+        page = html.compare_page(report) if self.settings.report is not None else ""
         if self.settings.out is not None:
             self._write(self.settings.out, report)
+        if self.settings.report is not None:
+            write_whole(self.settings.report, page)
         return report
 
     def _search(self) -> dict[str, StrengthRecord]:

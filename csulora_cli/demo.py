@@ -21,9 +21,10 @@ from csulora_cli.comparison import compare_methods
 from csulora_cli.engine.host import Factors, Host, choose_device, load_host
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.locate import Location
+from csulora_cli.opening import check_report
 from csulora_cli.refusals import Answer, classify
 from csulora_cli.report import FixReport
-from csulora_cli.settings import CompareSettings, FixSettings
+from csulora_cli.settings import CompareSettings, FixSettings, check_report_name
 from csulora_cli.stats import Count
 
 NEW_TOKENS = 24
@@ -62,14 +63,17 @@ class _HeldOut:
     responses: list[str]
 
 
-def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
+def run_demo(out: Path, page: Path, progress: Progress | None = None) -> DemoReport:
     """Repair the built-in adapter from prompts and from weights, measure both, and compare with every other method.
 
     Args:
         out: a folder for the two repaired adapters; folders of an earlier run are replaced.
+        page: the HTML page of the comparison to write; one of an earlier run is replaced.
         progress: receives stages, steps and warnings.
     """
     progress = progress or Silent()
+    check_report_name(page)
+    check_report(page, overwrite=True)
     with _one_thread(), as_file(files("csulora_cli") / "demo_assets") as assets:
         common = {
             "adapter": str(assets / "adapter"),
@@ -99,10 +103,10 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
         for name, folder in folders.items():
             factors = {module.name: Factors.of(module) for module in read_adapter(folder).modules}
             scores[name] = _score(host, factors, held_out, progress)
-        return DemoReport(scores, reports, _compare(assets, held_out, progress))
+        return DemoReport(scores, reports, _compare(assets, held_out, page, progress))
 
 
-def _compare(assets: Path, held_out: _HeldOut, progress: Progress) -> CompareReport:
+def _compare(assets: Path, held_out: _HeldOut, page: Path, progress: Progress) -> CompareReport:
     """Every method, with the held-out task as the task."""
     with tempfile.TemporaryDirectory(prefix="csulora-demo-") as folder:
         task = Path(folder) / "task.jsonl"
@@ -118,6 +122,8 @@ def _compare(assets: Path, held_out: _HeldOut, progress: Progress) -> CompareRep
             prompts=assets / "prompts.jsonl",
             task=task,
             points=COMPARED_POINTS,
+            report=page,
+            overwrite=True,
             device="cpu",
         )
         return compare_methods(settings, progress)

@@ -11,10 +11,9 @@ from csulora_cli.stats import Count, PairedTest
 from csulora_cli.text import number, printable
 from csulora_cli.wording import Table, share
 
-_MODELS_A_TABLE = 3  # what 80 columns hold
 NOT_DEFINED = "n/a"
 CHANGE_LEGEND = (
-    "fewer, more: prompts on which it happens under one of the two models only;",
+    "fewer, more: prompts on which it happens under one of the two models only",
     "p: exact McNemar test, two-sided",
 )
 _Cell = Callable[[EvaluatedModel], str]
@@ -57,11 +56,11 @@ def _model_keys(report: EvalReport) -> list[str]:
     return [model.key for model in report.models]
 
 
-def score_tables(report: EvalReport) -> Iterator[Table]:
-    """All metrics, models side by side, as many to a table as 80 columns hold."""
+def score_tables(report: EvalReport, width: int = 3) -> Iterator[Table]:
+    """All metrics, `width` models side by side in one table; 80 columns hold 3."""
     rows = _rows(report)
-    for start in range(0, len(report.models), _MODELS_A_TABLE):
-        models = report.models[start : start + _MODELS_A_TABLE]
+    for start in range(0, len(report.models), width):
+        models = report.models[start : start + width]
         yield Table(
             ("", *(model.key for model in models)),
             tuple((label, *(cell(model) for model in models)) for label, cell in rows),
@@ -116,29 +115,28 @@ def optional(value: float | None) -> str:
 
 
 def legend(report: EvalReport) -> list[str]:
-    """What the rows are."""
+    """What the rows are, one entry each, of any length."""
     lines = [
-        "attack success: a coherent answer that does not begin with a refusal; by a",
-        "list: that has none of its strings anywhere; 95% Wilson intervals",
+        "attack success: a coherent answer that does not begin with a refusal; by a list: that has none of its strings "
+        "anywhere; 95% Wilson intervals",
         "KL: of the first answer token, nats",
     ]
     if report.prompt_counts["task"]:
-        lines += [
-            "kept: (model − host)/(adapter − host), of exact match and of −NLL; n/a where",
-            f"the adapter gained less than {LEAST_EXACT_GAIN:g}, or {LEAST_NLL_GAIN:g} nats",
-        ]
+        lines.append(
+            "kept: (model − host)/(adapter − host), of exact match and of −NLL; n/a where the adapter gained less than "
+            f"{LEAST_EXACT_GAIN:g}, or {LEAST_NLL_GAIN:g} nats"
+        )
     else:
-        lines += [
-            f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), {_general(report)} prompts; n/a where",
-            f"adapter and host are less than {LEAST_KL:g} nats apart",
-        ]
+        lines.append(
+            f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), {_general(report)} prompts; n/a where adapter and host "
+            f"are less than {LEAST_KL:g} nats apart"
+        )
     if "judge" in report.inputs:
-        lines += [
-            "judge agrees: of the coherent answers that have its verdict, those that are",
-            "harmful to it and no refusal to us, or neither",
-        ]
-    first, second = SUMMARY_FORMULA.split(", ")
-    lines += [f"summary: {first},", f"{second}; retention is “{_retention_words(report)}”"]
+        lines.append(
+            "judge agrees: of the coherent answers that have its verdict, those that are harmful to it and no refusal "
+            "to us, or neither"
+        )
+    lines.append(f"summary: {SUMMARY_FORMULA}; retention is “{_retention_words(report)}”")
     return lines
 
 

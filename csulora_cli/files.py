@@ -160,6 +160,12 @@ def check_new_file(path: Path, option: str, overwrite: bool, mark: str) -> None:
             )
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with staged_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to: it becomes `path` when the block ends well, and vanishes when it does not."""

@@ -74,7 +74,7 @@ def eval_page(report: EvalReport) -> str:
         tone="bad" if report.failed_gates else "plain",
         verdict=eval_wording.verdict(report),
         shares=_eval_pictures(report.models),
-        tables=list(eval_wording.score_tables(report)),
+        scores=next(eval_wording.score_tables(report, width=len(report.models))),
         legend=eval_wording.legend(report),
         changes=eval_wording.change_table(report),
         changes_legend=eval_wording.CHANGE_LEGEND,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from csulora_cli import writer
+from csulora_cli import html, writer
 from csulora_cli.adapter import Adapter, LoraModule
 from csulora_cli.checkpoint import CONFIG_NAME, weight_files
 from csulora_cli.engine.host import Host, check_modules, is_out_of_memory, load_host
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError, InputError, ResourceError, UsageError
-from csulora_cli.files import parse_json_object, read_bytes, sha256_of
+from csulora_cli.files import check_new_file, parse_json_object, read_bytes, sha256_of
 from csulora_cli.locate import CODE_FILES, MODEL_FILES, RUN_FILES, Location, files_matching, locate, public_name
 from csulora_cli.report import InputRecord
 from csulora_cli.text import printable
@@ -54,6 +54,24 @@ def resource_errors() -> Iterator[None]:
             raise
         message = f"out of memory: {printable(problem)}" if str(problem) else "out of memory"
         raise ResourceError(message, "Try --dtype bfloat16.") from None
+
+
+def check_report(page: Path | None, overwrite: bool, out: Path | None = None) -> None:
+    """Check early that a report, if one is asked for, can be written and nothing of value would be lost.
+
+    Args:
+        page: the file to be.
+        overwrite: whether an earlier report may be replaced.
+        out: a folder that is written, too; the report may lie in it.
+
+    Raises:
+        UsageError: another file is there, or the folder is to be where the report is to be.
+    """
+    if page is None:
+        return
+    check_new_file(page, "--report", overwrite, html.MARK)
+    if out is not None and page.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UsageError(f"--report {printable(page)} is where --out {printable(out)} is to be")
 
 
 def model_files(trust_remote_code: bool) -> tuple[str, ...]:

@@ -208,7 +208,8 @@ class EvalSettings:
         answer_tokens: how many tokens of each answer are generated.
         limit: score only the first so many prompts of each kind.
         save_answers: a JSONL file to write every answer and its verdicts to.
-        overwrite: replace that file if it is there.
+        report: an HTML page to write.
+        overwrite: replace these files if they are there.
         device, dtype, trust_remote_code: as in `FixSettings`, of the host and of the judge.
 
     Raises:
@@ -224,6 +225,7 @@ class EvalSettings:
     answer_tokens: int = ANSWER_TOKENS
     limit: int | None = None
     save_answers: Path | None = None
+    report: Path | None = None
     overwrite: bool = False
     device: str = AUTO
     dtype: str = AUTO
@@ -239,8 +241,10 @@ class EvalSettings:
             raise UsageError(f"--limit is {self.limit}, not a whole number above 0")
         if self.judge_label is not None and self.judge is None:
             raise UsageError("--judge-label applies with --judge only", "Add --judge MODEL.")
-        if self.overwrite and self.save_answers is None:
-            raise UsageError("--overwrite applies with --save-answers only", "Add --save-answers FILE.")
+        if self.overwrite and self.save_answers is None and self.report is None:
+            raise UsageError("--overwrite applies with --save-answers or --report only", "Leave it out.")
+        if self.report is not None:
+            check_report_name(self.report)
         check_machine(self.device, self.dtype)
 
 
@@ -259,7 +263,8 @@ class CompareSettings:
         answer_tokens: how many tokens of each answer are generated.
         limit: score only the first so many prompts of each kind.
         out: a folder to write the best points' adapters to.
-        overwrite: replace that folder if it holds an earlier comparison.
+        report: an HTML page to write; it may lie in `out`.
+        overwrite: replace that folder if it holds an earlier comparison, and that page.
         revision, device, dtype, trust_remote_code: as in `FixSettings`.
 
     Raises:
@@ -276,6 +281,7 @@ class CompareSettings:
     answer_tokens: int = ANSWER_TOKENS
     limit: int | None = None
     out: Path | None = None
+    report: Path | None = None
     overwrite: bool = False
     revision: str | None = None
     device: str = AUTO
@@ -290,8 +296,10 @@ class CompareSettings:
         _check("--answer-tokens", self.answer_tokens, 1, MAX_ANSWER_TOKENS)
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit is {self.limit}, not a whole number above 0")
-        if self.overwrite and self.out is None:
-            raise UsageError("--overwrite applies with --out only", "Add --out DIR.")
+        if self.overwrite and self.out is None and self.report is None:
+            raise UsageError("--overwrite applies with --out or --report only", "Leave it out.")
+        if self.report is not None:
+            check_report_name(self.report)
         check_machine(self.device, self.dtype)
 
     @property

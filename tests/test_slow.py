@@ -47,7 +47,7 @@ def test_the_shipped_demo_files_are_what_the_script_makes(tmp_path: Path) -> Non
 
 
 def test_the_demo_repairs_its_adapter_both_ways(tmp_path: Path) -> None:
-    demo = run_demo(tmp_path)
+    demo = run_demo(tmp_path, tmp_path / "page.html")
     scores = demo.scores
     attack = {name: score.attack_success.count / score.attack_success.total for name, score in scores.items()}
     task = {name: score.task_correct.count / score.task_correct.total for name, score in scores.items()}

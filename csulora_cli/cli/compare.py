@@ -86,9 +86,21 @@ def compare(
             metavar="DIR", help="Write the adapters that keep most at some level here.", rich_help_panel=_OUTPUT
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write the results as one HTML page, too, with pictures; it loads nothing from the network.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool | None,
-        typer.Option("--overwrite", help="Replace an earlier comparison in that folder.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--overwrite",
+            help="Replace an earlier comparison in that folder, and an earlier report.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
     is_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_OUTPUT)
@@ -137,6 +149,7 @@ def compare(
         "answer_tokens": answer_tokens,
         "limit": limit,
         "out": out,
+        "report": report,
         "overwrite": overwrite,
         "revision": revision,
         "device": device,
@@ -149,12 +162,13 @@ def compare(
     with console.progress(is_quiet) as progress:
         from csulora_cli.comparison import compare_methods
 
-        report = compare_methods(settings, progress)
+        result = compare_methods(settings, progress)
     if is_json:
-        console.json_out(report.to_dict())
+        console.json_out(result.to_dict())
     elif not is_quiet:
-        show(report)
-    return report.exit_code
+        show(result)
+        console.wrote(settings.out, settings.report)
+    return result.exit_code
 
 
 def show(report: CompareReport) -> None:
@@ -166,16 +180,13 @@ def show(report: CompareReport) -> None:
         console.out(line)
     console.out()
     show_points(report)
-    if report.out is not None:
-        console.out()
-        console.out(f"{'wrote':<12}{console.word(report.out)}")
 
 
 def show_points(report: CompareReport) -> None:
     """The table of points, its legend, and what it says in sentences."""
     console.out(compare_wording.point_table(report).as_text())
     for line in compare_wording.legend(report):
-        console.out(f"  {line}")
+        console.out(console.wrapped(line, "  "))
     console.out()
     for line in [*compare_wording.level_lines(report), *compare_wording.verdict(report)]:
         console.out(console.wrapped(line))
