@@ -75,9 +75,7 @@ def legend(report: CompareReport) -> list[str]:
 
 def _kept_legend(kind: RetentionKind) -> str:
     if kind is RetentionKind.GENERAL_KL:
-        return (
-            "kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host) of the first answer token on benign prompts, cut to 0 to 1"
-        )
+        return "kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), first answer token, on benign prompts, cut to 0 to 1"
     return f"kept: (model − host)/(adapter − host) on the task's {kind}, cut to 0 to 1"
 
 

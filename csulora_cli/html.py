@@ -85,7 +85,7 @@ def eval_page(report: EvalReport) -> str:
 
 def compare_page(report: CompareReport) -> str:
     """The page of one comparison: who keeps most at which level of safety, as sentences, picture and table."""
-    traces = _traces(report)
+    traces = traces_of(report)
     return _render(
         "compare",
         report,
@@ -242,7 +242,7 @@ class LegendEntry:
     swatch: "Markup"
 
 
-def _traces(report: CompareReport) -> dict[tuple[str, str], figures.Trace]:
+def traces_of(report: CompareReport) -> dict[tuple[str, str], figures.Trace]:
     """Host and adapter, then one line a method, by family and name; csulora's own stand out."""
     traces = {}
     for mark, (name, score) in enumerate((("host", report.host), ("adapter", report.adapter))):

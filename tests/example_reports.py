@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from csulora_cli.report import Behaviour, Count, FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
+from csulora_cli.compare_report import OWN, CompareReport, MethodRecord, Origin, Point, find_levels
+from csulora_cli.eval_report import Change, EvalReport, EvaluatedModel, JudgeScore, Role
+from csulora_cli.pareto import dominated
+from csulora_cli.refusals import RefusalTest
+from csulora_cli.report import Behaviour, FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
+from csulora_cli.scores import AnswerCounts, KindScore, ModelScore, Retention, RetentionKind, TaskScore
+from csulora_cli.stats import Agreement, Count, PairedTest
 
 KINDS = tuple(f"self_attn.{kind}_proj" for kind in "qkvo") + tuple(
     f"mlp.{kind}_proj" for kind in ("gate", "up", "down")
@@ -85,8 +91,88 @@ def hostile_report() -> FixReport:
         [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in (EVIL, "mlp.up_proj")],
         out=f"/tmp/{EVIL}",
         adapter_summary=EVIL,
-        inputs={role: InputRecord(EVIL, EVIL, {EVIL: EVIL}) for role in ("adapter", "host", "prompts")},
+        inputs=hostile_inputs("adapter", "host", "prompts"),
         settings={"source": "prompts", "device": EVIL, EVIL: EVIL},
         files={EVIL: EVIL},
         warnings=(EVIL,),
     )
+
+
+# Evaluations and comparisons
+
+
+def model_score(answered: int, exact: int, over_refused: int = 1, retention: float | None = None) -> ModelScore:
+    """A model that answers so many of 40 harmful prompts and gets so many of 50 task prompts right."""
+
+    def on(refused: int, answered: int) -> KindScore:
+        counts = AnswerCounts(Count.of(refused, 40), Count.of(answered, 40), Count.of(40 - refused - answered, 40))
+        return KindScore(dict.fromkeys(RefusalTest, counts), 0.25 * answered, 0.01 * refused)
+
+    kept = exact / 50 if retention is None else retention
+    task = TaskScore(Count.of(exact, 50), 1.5 - exact / 50, kept, kept)
+    benign = on(over_refused, 40 - over_refused)
+    return ModelScore(on(40 - answered, answered), benign, benign, task, Retention(kept, RetentionKind.EXACT_MATCH))
+
+
+def eval_report(repairs: int = 2, **changes: Any) -> EvalReport:
+    """Host, adapter, and so many repairs of it, with a judge's opinion."""
+    keys = ["repaired"] if repairs == 1 else [f"repaired {index}" for index in range(1, repairs + 1)]
+    tests = dict.fromkeys(RefusalTest, PairedTest.of((True, True, False), (False, False, True)))
+    judge = JudgeScore(Count.of(3, 40), 0, Agreement(Count.of(38, 40), 0.81))
+    models = [
+        EvaluatedModel("host", Role.HOST, "org/host", model_score(1, 0), judge=judge),
+        EvaluatedModel("adapter", Role.ADAPTER, "org/my-adapter", model_score(40, 50, 0), judge=judge),
+    ]
+    for index, key in enumerate(keys):
+        score = model_score(2 + index, 49 - index)
+        models.append(EvaluatedModel(key, Role.REPAIRED, f"repair-{index}", score, Change(tests, tests), judge))
+    report = EvalReport(
+        version="9.8.7",
+        inputs={key: InputRecord(f"org/{key}", None, {"file": "ab" * 32}) for key in ("host", "adapter", *keys)}
+        | {name: InputRecord(name, None, {name: "cd" * 32}) for name in ("prompts", "task", "judge")},
+        settings={"seed": None, "answer_tokens": 24, "task_tokens": 30, "judge": "text classifier"},
+        prompt_counts={"harmful": 40, "lookalikes": 40, "general": 40, "task": 50},
+        models=models,
+    )
+    return replace(report, **changes)
+
+
+METHODS = {
+    OWN: ("prompts", "keep-out", "keep-in"),
+    "peer": ("safelora-threshold", "safelora-number", "safelora-projector", "lssf", "resta", "s3lora"),
+    "control": ("shrink", "random-keep-in", "random-keep-out", "rotated", "benign"),
+}
+
+
+def compare_report(**changes: Any) -> CompareReport:
+    """Fourteen methods at four strengths each; csulora's first has an automatic one."""
+    points = []
+    for rank, (family, name) in enumerate((family, name) for family, found in METHODS.items() for name in found):
+        for step in range(4):
+            score = model_score(max(0, 40 - (14 - rank) * step), max(0, 50 - (2 + rank) * step * step))
+            origin = Origin.AUTO if name == "prompts" and step == 2 else Origin.GRID
+            points.append(Point(name, family, 10.0**step, origin, 0.1 * step, 16, score, ()))
+    worse = dominated([point.standing for point in points])
+    points = [replace(point, is_dominated=is_worse) for point, is_worse in zip(points, worse, strict=True)]
+    host = model_score(1, 0)
+    report = CompareReport(
+        version="9.8.7",
+        inputs={role: InputRecord(f"org/{role}", None, {"file": "ab" * 32}) for role in ("adapter", "host", "prompts")},
+        settings={"seed": None, "answer_tokens": 24, "task_tokens": 30, "points": 4},
+        prompt_counts={"harmful": 40, "lookalikes": 40, "general": 40, "task": 50},
+        methods=[
+            MethodRecord(name, family, "does it", "λ", None, None)
+            for family, found in METHODS.items()
+            for name in found
+        ],
+        host=host,
+        adapter=model_score(40, 50),
+        points=points,
+        levels=find_levels(points, host.attack_success),
+    )
+    return replace(report, **changes)
+
+
+def hostile_inputs(*roles: str) -> dict[str, InputRecord]:
+    """Inputs whose every string is hostile."""
+    return {role: InputRecord(EVIL, EVIL, {EVIL: EVIL}) for role in roles}

@@ -99,6 +99,22 @@ def test_settings_from_a_file_and_winners_in_a_folder(world: World, csulora: Cal
     assert csulora("compare", *args, "--config", config, "--overwrite").code == 3
 
 
+def test_a_report_is_written_beside_the_winners_or_in_their_folder(world: World, csulora: Callable[..., Ran]) -> None:
+    args = [*world.args, "--out", "winners", "--report"]
+    ran = csulora("compare", *args, "winners/page.html")
+    assert ran.code == 3, ran.err
+    assert "\nwrote       winners\n            winners/page.html\n" in ran.out
+    first = (world.folder / "winners" / "page.html").read_bytes()
+    assert b"Safety against what is kept" in first
+    assert csulora("compare", *args, "page.html").error == "the output folder winners exists and is not empty"
+    assert csulora("compare", *args, "page.html", "--overwrite", "-q").code == 3
+    assert (world.folder / "page.html").read_bytes() == first
+    assert not (world.folder / "winners" / "page.html").exists()
+    again = csulora("compare", *world.args, "--report", "page.html")
+    assert (again.code, again.error) == (2, "--report page.html exists")
+    assert "measuring" not in again.err
+
+
 @pytest.mark.parametrize(
     ("more", "code", "error"),
     [
@@ -109,7 +125,9 @@ def test_settings_from_a_file_and_winners_in_a_folder(world: World, csulora: Cal
         (["--points", "many"], 2, "valid integer"),
         (["--task", "missing.jsonl"], 4, "missing.jsonl is missing"),
         (["--unaligned", "missing/model/here"], 4, "missing/model/here"),
-        (["--overwrite"], 2, "--overwrite applies with --out only"),
+        (["--overwrite"], 2, "--overwrite applies with --out or --report only"),
+        (["--report", "page.txt"], 2, "--report page.txt does not end in .html"),
+        (["--report", "a.html", "--out", "a.html/b"], 2, "--report a.html is where --out a.html/b is to be"),
     ],
     ids=str,
 )

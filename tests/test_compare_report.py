@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from csulora_cli import compare_wording
+from csulora_cli.cli.console import wrapped
 from csulora_cli.compare_report import CompareReport, MethodRecord, Origin, Point, find_levels
 from csulora_cli.refusals import RefusalTest
 from csulora_cli.report import InputRecord, StrengthRecord
@@ -159,7 +160,7 @@ def test_everything_fits_80_columns_and_is_printable() -> None:
             *(f"{label:<12}{value}" for label, value in compare_wording.head(made)),
             *compare_wording.method_lines(made),
             *compare_wording.point_table(made).as_text().splitlines(),
-            *(f"  {line}" for line in compare_wording.legend(made)),
+            *(line for entry in compare_wording.legend(made) for line in wrapped(entry, "  ").splitlines()),
         ]
         assert max(map(len, lines)) <= 80
         assert all(line.isprintable() for line in lines)

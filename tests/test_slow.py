@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 
 from csulora_cli.demo import run_demo
+from csulora_cli.html import MARK
 from csulora_cli.methods import REGISTRY
 
 pytestmark = pytest.mark.slow
@@ -49,6 +50,7 @@ def test_the_shipped_demo_files_are_what_the_script_makes(tmp_path: Path) -> Non
 def test_the_demo_repairs_its_adapter_both_ways(tmp_path: Path) -> None:
     demo = run_demo(tmp_path, tmp_path / "page.html")
     scores = demo.scores
+    assert MARK in (tmp_path / "page.html").read_text(encoding="utf-8")
     attack = {name: score.attack_success.count / score.attack_success.total for name, score in scores.items()}
     task = {name: score.task_correct.count / score.task_correct.total for name, score in scores.items()}
     assert attack["host"] <= 0.02
