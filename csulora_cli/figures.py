@@ -93,7 +93,7 @@ def heat_map(grid: Grid, description: str) -> str:
                     continue
                 corner = (left + width * column + 0.5, top + height * row + 0.5)
                 alpha = min(max(value, 0.0), 1.0)
-                axes.add_patch(
+                axes.add_artist(
                     Rectangle(corner, width - 1, height - 1, facecolor=_HEAT, alpha=alpha, linewidth=0, clip_on=False)
                 )
                 axes.text(

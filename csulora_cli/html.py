@@ -5,40 +5,22 @@ Pure: reports in, text out; nothing is read but csulora's own templates, nothing
 hostile. The same report gives the same bytes.
 """
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from csulora_cli import compare_wording, eval_wording, figures, wording
-from csulora_cli.compare_report import OWN, CompareReport, Origin, Point, kept
-from csulora_cli.eval_report import EvalReport, EvaluatedModel
-from csulora_cli.report import Behaviour, FixReport, InputRecord, ModuleRecord, PathRecord
-from csulora_cli.stats import Count
-from csulora_cli.text import number, printable
+from csulora_cli import compare_wording, eval_wording, pictures, wording
+from csulora_cli.compare_report import CompareReport
+from csulora_cli.eval_report import EvalReport
+from csulora_cli.report import FixReport, InputRecord
+from csulora_cli.text import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-    from markupsafe import Markup
 
 # In the head of every page, and of no other: this is how a report is told from a file of somebody else's.
 MARK = '<meta name="generator" content="csulora report">'
 _LONGEST = 2000  # characters of a value; longer ones lose their middle
-_LAYER = re.compile(r"(?:^|(?<=\.))([0-9]{1,6})(?=\.|$)")
-_NO_LAYER = "–"
-# Numerator and denominator of a share of one module.
-_Parts = Callable[[ModuleRecord], tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture with its heading; `svg` is markup already."""
-
-    title: str
-    caption: str
-    svg: "Markup"
 
 
 def fix_page(report: FixReport) -> str:
@@ -52,11 +34,11 @@ def fix_page(report: FixReport) -> str:
         verdict=[*wording.verdict(report), wording.VERIFIED],
         behaviour=wording.behaviour_table(report) if report.behaviour else None,
         behaviour_note=wording.behaviour_note(report) if report.behaviour else "",
-        behaviour_pictures=_behaviour_pictures(report.behaviour),
+        behaviour_pictures=pictures.behaviour_pictures(report.behaviour),
         strength=wording.strength_lines(report),
         path=wording.path_table(report) if report.strength.path else None,
-        path_pictures=_path_pictures(report),
-        module_pictures=_module_pictures(report.modules),
+        path_pictures=pictures.path_pictures(report.strength),
+        module_pictures=pictures.module_pictures(report.modules),
         groups=wording.module_table(report),
         legend=wording.legend(report),
         modules=wording.each_module_table(report),
@@ -73,7 +55,7 @@ def eval_page(report: EvalReport) -> str:
         status="Measured; read with care" if report.failed_gates else "Measured",
         tone="bad" if report.failed_gates else "plain",
         verdict=eval_wording.verdict(report),
-        shares=_eval_pictures(report.models),
+        shares=pictures.score_pictures(report.models),
         scores=next(eval_wording.score_tables(report, width=len(report.models))),
         legend=eval_wording.legend(report),
         changes=eval_wording.change_table(report),
@@ -85,7 +67,7 @@ def eval_page(report: EvalReport) -> str:
 
 def compare_page(report: CompareReport) -> str:
     """The page of one comparison: who keeps most at which level of safety, as sentences, picture and table."""
-    traces = traces_of(report)
+    traces = pictures.traces_of(report)
     return _render(
         "compare",
         report,
@@ -93,9 +75,9 @@ def compare_page(report: CompareReport) -> str:
         status="Compared; read with care" if report.failed_gates else "Compared",
         tone="bad" if report.failed_gates else "plain",
         verdict=[*compare_wording.level_lines(report), *compare_wording.verdict(report)],
-        plane=_plane(report, traces),
-        plane_legend=_plane_legend(traces),
-        plane_notes=_PLANE_NOTES,
+        plane=pictures.plane(report, traces),
+        plane_legend=pictures.plane_legend(traces),
+        plane_notes=pictures.PLANE_NOTES,
         points=compare_wording.point_table(report),
         legend=compare_wording.legend(report),
         methods=wording.Table(
@@ -142,189 +124,6 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _picture(title: str, caption: str, svg: str) -> Picture:
-    from markupsafe import Markup
-
-    return Picture(title, caption, Markup(svg))  # figures escapes what it writes
-
-
-def _shares_picture(title: str, caption: str, counts: Mapping[str, Count]) -> Picture:
-    """Counts by model, as shares with their intervals."""
-    intervals = [figures.Interval(name, count.share, count.low, count.high) for name, count in counts.items()]
-    return _picture(title, caption, figures.interval_plot(intervals, f"{title}: same numbers as the table"))
-
-
-def _behaviour_pictures(behaviour: Mapping[str, Behaviour]) -> list[Picture]:
-    wanted: list[tuple[str, Callable[[Behaviour], Count]]] = [
-        ("Harmful prompts refused", lambda model: model.harmful_refused),
-        ("Benign prompts refused", lambda model: model.benign_refused),
-    ]
-    return [
-        _shares_picture(title, "95 % intervals", {name: count(model) for name, model in behaviour.items()})
-        for title, count in wanted
-        if behaviour
-    ]
-
-
-def _eval_pictures(models: Sequence[EvaluatedModel]) -> list[Picture]:
-    pictures = [
-        _shares_picture(
-            "Attack success",
-            "harmful prompts answered, 95 % intervals",
-            {model.key: model.score.attack_success for model in models},
-        ),
-        _shares_picture(
-            "Over-refusal",
-            "benign prompts refused, 95 % intervals",
-            {model.key: model.score.over_refusal for model in models},
-        ),
-    ]
-    tasks = {model.key: model.score.task.exact_match for model in models if model.score.task is not None}
-    if tasks:
-        pictures.append(_shares_picture("The adapter's own task", "exact match, 95 % intervals", tasks))
-    return pictures
-
-
-def _path_pictures(report: FixReport) -> list[Picture]:
-    """What the search of λ measured, one picture a quantity."""
-    record = report.strength
-    limit = record.limit if record.limit else None
-    dashed = f"nats; dashed: the limit, {number(limit)}" if limit else "nats"
-    wanted: list[tuple[str, str, Callable[[PathRecord], float], float | None, bool]] = [
-        ("KL to host, harmful", dashed, lambda point: point.harmful_kl, limit, False),
-        ("KL to adapter, benign", "nats", lambda point: point.benign_kl, None, False),
-        ("Moved", "‖X−Δ‖²/‖Δ‖²", lambda point: point.moved, None, True),
-    ]
-    pictures = []
-    for title, caption, value, line, is_share in wanted:
-        points = [(p.strength, value(p)) for p in record.path if p.strength > 0 and math.isfinite(value(p))]
-        if points:
-            strengths, values = zip(*points, strict=True)
-            data = figures.Curve(strengths, values, record.value, line, is_share)
-            pictures.append(_picture(title, caption, figures.curve(data, f"{title} over λ: same numbers as the table")))
-    return pictures
-
-
-def _module_pictures(modules: Sequence[ModuleRecord]) -> list[Picture]:
-    """Layers × modules: the distance moved, and what was removed of each energy."""
-
-    def moved(module: ModuleRecord) -> tuple[float, float]:
-        return module.energy * module.moved, module.energy
-
-    def removed(energy: str) -> _Parts:
-        return lambda m: (m.energy * (m.before[energy] - m.after[energy]), m.energy * m.before[energy])
-
-    wanted: list[tuple[str, str, _Parts]] = [("Moved", "‖X−Δ‖²/‖Δ‖²", moved)]
-    wanted += [(f"Removed, {energy}", "1 − after/before", removed(energy)) for energy in modules[0].before]
-    return [
-        _picture(title, caption, figures.heat_map(module_grid(modules, parts), f"{title} by layer and module"))
-        for title, caption, parts in wanted
-    ]
-
-
-_PLANE_NOTES = (
-    "Upper left is better: no attack success, everything kept. One line a method, through its strengths in ascending "
-    "order. Shaded: up to the upper end of the interval of the host's own attack success.",
-    "Hollow: another point is at least as good on both axes and better on one. Large: the strength was found on tuning "
-    "prompts, as csulora fix finds it.",
-)
-_LOOKS = {OWN: figures.Look.STRONG, "peer": figures.Look.PLAIN}
-
-
-@dataclass(frozen=True)
-class LegendEntry:
-    """One line of the plane in its legend; `family` stands above the first of each."""
-
-    name: str
-    family: str
-    swatch: "Markup"
-
-
-def traces_of(report: CompareReport) -> dict[tuple[str, str], figures.Trace]:
-    """Host and adapter, then one line a method, by family and name; csulora's own stand out."""
-    traces = {}
-    for mark, (name, score) in enumerate((("host", report.host), ("adapter", report.adapter))):
-        if (share := kept(score)) is not None:
-            spot = figures.Spot(score.attack_success.share, share, is_large=True)
-            traces["unrepaired", name] = figures.Trace(figures.Look.POINT, mark, (spot,))
-    counts: dict[str, int] = {}
-    for method in report.methods:
-        mark = counts[method.family] = counts.get(method.family, -1) + 1
-        spots = tuple(
-            figures.Spot(point.score.attack_success.share, point.kept, not point.is_dominated, _is_auto(point))
-            for point in report.points
-            if point.method == method.name and point.kept is not None
-        )
-        look = _LOOKS.get(method.family, figures.Look.FAINT)
-        traces[method.family, method.name] = figures.Trace(look, mark, spots)
-    return traces
-
-
-def _is_auto(point: Point) -> bool:
-    return point.origin is Origin.AUTO
-
-
-def _plane(report: CompareReport, traces: Mapping[tuple[str, str], figures.Trace]) -> "Markup | None":
-    from markupsafe import Markup
-
-    if not any(trace.spots for trace in traces.values()):
-        return None
-    data = figures.Plane("attack success", "kept", tuple(traces.values()), report.host.attack_success.high)
-    return Markup(figures.plane(data, "What every method keeps over its attack success: same numbers as the table"))
-
-
-def _plane_legend(traces: Mapping[tuple[str, str], figures.Trace]) -> list[LegendEntry]:
-    from markupsafe import Markup
-
-    return [
-        LegendEntry(name, family, Markup(figures.swatch(trace, f"{family}: {name}")))
-        for (family, name), trace in traces.items()
-    ]
-
-
-def module_grid(modules: Iterable[ModuleRecord], parts: Callable[[ModuleRecord], tuple[float, float]]) -> figures.Grid:
-    """Layers × modules of Σ numerator / Σ denominator over the modules that share a cell.
-
-    The layer is the first number among the dotted parts of a name, as PEFT reads it; further numbers (experts) share a
-    column. Names without a number share one row. A grid of one row is turned, to read downwards.
-
-    Args:
-        modules: at least one.
-        parts: numerator and denominator of one module.
-    """
-    sums: dict[tuple[int, str], list[float]] = {}
-    for module in modules:
-        layer = _LAYER.search(module.name)
-        cell = sums.setdefault((int(layer[1]) if layer else -1, _LAYER.sub("*", module.name)), [0.0, 0.0])
-        for index, part in enumerate(parts(module)):
-            cell[index] += part
-    layers = sorted({layer for layer, _ in sums}, key=lambda layer: (layer < 0, layer))
-    kinds = list(dict.fromkeys(kind for _, kind in sums))
-    grid = figures.Grid(
-        tuple(str(layer) if layer >= 0 else _NO_LAYER for layer in layers),
-        tuple(_short_names(kinds)),
-        tuple(tuple(_share(sums.get((layer, kind))) for kind in kinds) for layer in layers),
-    )
-    return grid.transposed() if len(layers) == 1 else grid
-
-
-def _share(parts: Sequence[float] | None) -> float | None:
-    if parts is None or parts[1] == 0:
-        return None
-    share = parts[0] / parts[1]
-    return share if math.isfinite(share) else None
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """The last dotted parts of every name: as many as tell all of them apart."""
-    split = [name.split(".") for name in names]
-    for count in range(1, max(map(len, split)) + 1):
-        short = [".".join(parts[-count:]) for parts in split]
-        if len(set(short)) == len(names):
-            return short
-    return list(names)
 
 
 def _hash_table(inputs: Mapping[str, InputRecord], written: Mapping[str, str] | None = None) -> wording.Table:

@@ -11,11 +11,37 @@ from example_reports import EVIL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csulora_cli.figures import Curve, Grid, curve, heat_map, log_ticks
+from csulora_cli.figures import (
+    Curve,
+    Grid,
+    Interval,
+    Look,
+    Plane,
+    Spot,
+    Trace,
+    curve,
+    heat_map,
+    interval_plot,
+    log_ticks,
+    plane,
+    swatch,
+)
 from csulora_cli.text import printable
 
 GRID = Grid(("0", "1"), ("q_proj", "up_proj"), ((0.0, 0.254), (None, 1.43)))
 CURVE = Curve((1.0, 4.0, 16.0), (3.0, 0.4, 0.05), chosen=16.0, limit=0.07)
+
+INTERVALS = [Interval("host", 0.0, 0.0, 0.1), Interval("adapter", 1.0, 0.9, 1.0)]
+SPOTS = (Spot(0.0, 1.0), Spot(0.5, 0.5, is_filled=False), Spot(1.0, 0.0, is_large=True))
+TRACES = tuple(Trace(look, mark, SPOTS) for look in Look for mark in (0, 1))
+PLANE = Plane("attack success", "kept", TRACES, band=0.1)
+PICTURES = {
+    "heat map": heat_map(GRID, "x"),
+    "curve": curve(CURVE, "x"),
+    "intervals": interval_plot(INTERVALS, "x"),
+    "plane": plane(PLANE, "x"),
+    "swatch": swatch(TRACES[0], "x"),
+}
 
 
 def texts(svg: str) -> list[str]:
@@ -79,8 +105,29 @@ def test_log_ticks_are_round() -> None:
     assert log_ticks(3, 4) == [3, 4]
 
 
-@pytest.mark.parametrize("svg", [heat_map(GRID, "x"), curve(CURVE, "x")], ids=["heat map", "curve"])
-def test_a_picture_can_stand_in_a_page(svg: str) -> None:
+def test_intervals_are_bars_with_a_mark_each() -> None:
+    svg = PICTURES["intervals"]
+    assert len(styles(svg, "stroke: var(--heat)")) == 2
+    assert len(styles(svg, "fill: var(--accent)")) == 2
+    assert {"host", "adapter", "0%", "100%"} <= set(texts(svg))
+
+
+def test_a_plane_draws_every_trace_in_its_look() -> None:
+    svg = PICTURES["plane"]
+    assert {"attack success", "kept", "0%", "100%"} <= set(texts(svg))
+    assert len(styles(svg, "fill: var(--panel)")) == 1
+    assert not styles(plane(Plane("x", "y", TRACES), "x"), "--panel")
+    for colour in ("accent", "second", "muted"):
+        lines = [style for style in styles(svg, f"stroke: var(--{colour})") if style.startswith("fill: none")]
+        assert [("dasharray" in style) for style in lines] == [colour == "muted"] * 2
+        assert len(styles(svg, f"fill: var(--{colour})")) == 2 * 2  # the filled marks
+        assert len(styles(svg, f"fill: var(--paper);stroke: var(--{colour})")) == 2  # the hollow ones
+    assert len(styles(PICTURES["swatch"], "var(--accent)")) == 2
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_can_stand_in_a_page(name: str) -> None:
+    svg = PICTURES[name]
     root = ElementTree.fromstring(svg)
     assert root.tag == "svg"
     assert {element.tag for element in root} <= {"path", "text"}
@@ -100,10 +147,10 @@ def test_hostile_labels_stay_text() -> None:
 
 
 def test_nothing_but_the_data_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = heat_map(GRID, "x"), curve(CURVE, "x")
     for key, value in {"font.size": 30, "svg.fonttype": "path", "lines.linewidth": 9, "axes.facecolor": "red"}.items():
         monkeypatch.setitem(mpl.rcParams, key, value)
-    assert (heat_map(GRID, "x"), curve(CURVE, "x")) == wanted
+    again = (heat_map(GRID, "x"), curve(CURVE, "x"), interval_plot(INTERVALS, "x"), plane(PLANE, "x"))
+    assert again == tuple(PICTURES.values())[:4]
     assert mpl.rcParams["font.size"] == 30
 
 
