@@ -1,8 +1,8 @@
 """Pictures of the report page, drawn by matplotlib and returned as SVG elements to stand inside HTML.
 
 Colours are names of the page's CSS variables, so that one picture serves light and dark. Text stays text in the page's
-font: it can be selected and read aloud, and no script is missing. Outlines would not be smaller: for a heat map of 210
-modules matplotlib writes 117 kB with text and 111 kB with outlines. The same data gives the same bytes.
+font: it can be selected and read aloud, and no writing system is missing. Outlines would not be smaller: for a heat map
+of 210 modules matplotlib writes 117 kB with text and 111 kB with outlines. The same data gives the same bytes.
 """
 
 import math
