@@ -69,7 +69,8 @@ def legend(report: CompareReport) -> list[str]:
         "over-r.: look-alikes refused",
         "KL: to the host on harmful prompts, first answer token, nats",
         _kept_legend(report.adapter.retention.kind),
-        f"score: {SUMMARY_FORMULA}   <: keeps most at a level below",
+        f"score: {SUMMARY_FORMULA}",
+        "<: keeps most at a level below",
     ]
 
 
