@@ -167,7 +167,9 @@ def read_adapter(folder: Path) -> Adapter:
     """
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         _check_link(folder / name)
-    config_bytes = read_bytes(folder / CONFIG_NAME, _MissingConfigError, MAX_JSON_BYTES)
+    if not os.path.lexists(folder / CONFIG_NAME):
+        raise AdapterError(f"{CONFIG_NAME} is missing in {printable(folder)}", _FOLDER_HINT)
+    config_bytes = read_bytes(folder / CONFIG_NAME, AdapterError, MAX_JSON_BYTES)
     config = parse_json_object(config_bytes, folder / CONFIG_NAME, AdapterError)
     with naming(CONFIG_NAME), time_limit():
         _check_fields(config)
@@ -324,15 +326,9 @@ def _shown(config: Mapping[str, Any], field: str) -> str:
     return f"{printable(field)} = {printable(value, 60)}"
 
 
+_FOLDER_HINT = f"An adapter folder holds {CONFIG_NAME} and {WEIGHTS_NAME}, each in one piece."
 _CORRECT_HINT = "Correct the config, or download the adapter again."
 _UNSUPPORTED_HINT = "csulora repairs plain LoRA on Linear and Conv1D modules; nothing was written."
-
-
-class _MissingConfigError(AdapterError):
-    """The config is missing: say what an adapter folder looks like."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint or f"An adapter folder holds {CONFIG_NAME} and {WEIGHTS_NAME}.")
 
 
 def _raise_no_weights(folder: Path) -> None:
@@ -347,7 +343,7 @@ def _raise_no_weights(folder: Path) -> None:
     found = f"; there is {some(others, 2)}" if others else ""
     raise AdapterError(
         f"{WEIGHTS_NAME} is missing in {printable(folder)}{found}",
-        f"An adapter folder holds {CONFIG_NAME} and {WEIGHTS_NAME}, in one piece and by these names.",
+        _FOLDER_HINT,
     )
 
 

@@ -15,13 +15,14 @@ from csulora_cli.engine import effects, strength
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Factors, Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_prompts
+from csulora_cli.engine.memory import is_out_of_memory, release_memory
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, VerificationError
-from csulora_cli.files import parse_json_object, read_bytes, sha256_of, staged_file
-from csulora_cli.locate import ADAPTER_FILES, locate
+from csulora_cli.errors import AdapterError, InputError, VerificationError
+from csulora_cli.files import Stamp, read_bytes, sha256_of, staged_file
+from csulora_cli.locate import ADAPTER_FILES, Location, files_matching, locate
 from csulora_cli.matching import Matched, open_matched, oriented
 from csulora_cli.opening import (
     Recorder,
@@ -34,7 +35,7 @@ from csulora_cli.opening import (
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
 from csulora_cli.report import FixReport, InputRecord, ModuleRecord, StrengthRecord
-from csulora_cli.settings import FixSettings, Source
+from csulora_cli.settings import AUTO, FixSettings, Source
 from csulora_cli.text import printable
 from csulora_cli.version import __version__
 
@@ -53,8 +54,21 @@ def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixR
     Raises:
         CsuloraError: see `errors`; nothing is left behind.
     """
+    recorder = Recorder(progress or Silent())
     with resource_errors():
-        return _Fix(settings, Recorder(progress or Silent())).run()
+        try:
+            return _Fix(settings, recorder).run()
+        except Exception as problem:
+            if not is_out_of_memory(problem) or not _may_leave_device(settings):
+                raise
+        release_memory()
+        recorder.warn("out of memory on the device: starting again on the CPU, which is slower")
+        return _Fix(replace(settings, device="cpu"), recorder).run()
+
+
+def _may_leave_device(settings: FixSettings) -> bool:
+    """Whether the device was csulora's choice, and is not the CPU already."""
+    return settings.device == AUTO and choose_device(AUTO).type != "cpu"
 
 
 # Recomputes what every module's stored factors do; given to `_finish` by the source that was used.
@@ -84,6 +98,7 @@ class _Fix:
         self.out = settings.out or Path(f"{self.adapter_at.name}-csulora")
         writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
         check_report(settings.report, settings.overwrite, self.out)
+        self.stamps = _stamps(self.adapter_at, ADAPTER_FILES)
         self.adapter = read_adapter(self.adapter_at.folder)
         self.modules = self.adapter.modules
         self.device = choose_device(settings.device)
@@ -92,6 +107,7 @@ class _Fix:
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
+        self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in _stamps(at, files)]
         with ExitStack() as stack:
             matched = [open_matched(stack, self.host_at, "host", self.adapter)]
             if self.unaligned_at is not None:
@@ -211,6 +227,8 @@ class _Fix:
             if page is not None:
                 page.parent.mkdir(parents=True, exist_ok=True)
                 page.write_text(html.fix_page(report), encoding="utf-8")
+            for stamp in self.stamps:
+                stamp.check(InputError)
         return report
 
     @contextmanager
@@ -234,8 +252,6 @@ class _Fix:
         (staging / WEIGHTS_NAME).write_bytes(writer.serialise(tensors))
         if config == self.adapter.config:  # byte for byte, also its spacing and the order of its keys
             data = read_bytes(self.adapter_at.folder / CONFIG_NAME, AdapterError)
-            if parse_json_object(data, self.adapter_at.folder / CONFIG_NAME, AdapterError) != config:
-                raise AdapterError("adapter_config.json changed while it was being repaired", "Run again.")
             (staging / CONFIG_NAME).write_bytes(data)
         else:
             (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -344,6 +360,10 @@ class _Fix:
             used["dtype"] = str(self.host.model.dtype).removeprefix("torch.")
             used["chat_template"] = self.host.has_template
         return used
+
+
+def _stamps(location: Location, patterns: Sequence[str]) -> list[Stamp]:
+    return [Stamp.of(path) for path in files_matching(location.folder, patterns)]
 
 
 def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:

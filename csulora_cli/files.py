@@ -7,6 +7,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +35,7 @@ def open_regular(path: Path, error: type[InputError]) -> Iterator[BinaryIO]:
         error: not there, not a regular file, or unreadable.
     """
     if not os.path.lexists(path):
-        raise error(f"{printable(path.name)} is missing in {printable(path.parent)}")
+        raise error(f"{printable(path.name)} is missing in {printable(path.parent)}", "Check the folder's name.")
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise error(f"{printable(path)} is not a regular file", "Put a copy of the file itself there.")
@@ -120,6 +121,35 @@ def parse_json_object(data: bytes, path: Path, error: type[InputError]) -> dict[
 def read_json_object(path: Path, error: type[InputError]) -> dict[str, Any]:
     """`read_bytes` and `parse_json_object` in one step."""
     return parse_json_object(read_bytes(path, error, MAX_JSON_BYTES), path, error)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a file looked like when it was about to be read: another size, time or inode means that it was replaced."""
+
+    path: Path
+    size: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        """The stamp of a file as it is now."""
+        found = path.stat()
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+    def check(self, error: type[InputError]) -> None:
+        """Check that the file is still the one that was read.
+
+        Raises:
+            error: it was changed, replaced or removed.
+        """
+        try:
+            is_same = Stamp.of(self.path) == self
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise error(f"{printable(self.path)} changed while it was being used", "Run again when it is complete.")
 
 
 def sha256_of(path: Path) -> str:

@@ -12,7 +12,8 @@ import torch
 from csulora_cli import html, writer
 from csulora_cli.adapter import Adapter, LoraModule
 from csulora_cli.checkpoint import CONFIG_NAME, weight_files
-from csulora_cli.engine.host import Host, check_modules, is_out_of_memory, load_host
+from csulora_cli.engine.host import Host, check_modules, load_host
+from csulora_cli.engine.memory import is_out_of_memory
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError, InputError, ResourceError, UsageError
 from csulora_cli.files import check_new_file, parse_json_object, read_bytes, sha256_of
@@ -31,9 +32,10 @@ class Recorder:
         self.warnings: list[str] = []
 
     def warn(self, message: str) -> None:
-        """Keep a warning and pass it on."""
-        self.warnings.append(message)
-        self._warn(message)
+        """Keep a warning and pass it on, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            self._warn(message)
 
 
 @contextmanager
@@ -137,6 +139,7 @@ def open_host(
     """
     progress.stage("host")
     host = load_host(location, device, dtype, trust_remote_code)
+    host.batch_size.warn = progress.warn
     for modules in adapters:
         check_modules(host, modules)
     if not host.has_template:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from csulora_cli.engine.host import Factors
-from csulora_cli.errors import ResourceError, UsageError
-from csulora_cli.files import is_regular, leaves_folder
+from csulora_cli.errors import AdapterError, CsuloraError, ResourceError, UsageError
+from csulora_cli.files import is_regular, leaves_folder, read_bytes
 from csulora_cli.locate import RUN_FILES
 from csulora_cli.solver.lowrank import pad_rank
 from csulora_cli.text import printable
@@ -69,7 +69,7 @@ def staged(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
     Raises:
-        ResourceError: the disk is full or cannot be written.
+        ResourceError: the disk is full or cannot be written, or the folder vanishes.
     """
     out = out.resolve()  # of a link, what it points to is replaced
     staging = out.parent / f".{out.name}.partial-{os.getpid()}"
@@ -77,11 +77,12 @@ def staged(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
         staging.mkdir()
-        yield staging
-        for file in staging.iterdir():
-            _sync(file)
-        _sync(staging)
-        _replace(staging, out)
+        with _noticing_loss(staging, out):
+            yield staging
+            for file in staging.iterdir():
+                _sync(file)
+            _sync(staging)
+            _replace(staging, out)
         _sync(out.parent)
     except OSError as problem:
         if problem.errno not in DISK_ERRORS:
@@ -91,6 +92,20 @@ def staged(out: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _noticing_loss(staging: Path, out: Path) -> Iterator[None]:
+    """Where the folder that is being written has vanished, that is what is wrong, whatever it led to."""
+    try:
+        yield
+    except (OSError, CsuloraError):
+        if staging.is_dir():
+            raise
+        raise ResourceError(
+            f"cannot write {printable(out)}: what was written so far has vanished",
+            "Run again, and keep other programs away from that place.",
+        ) from None
 
 
 def _replace(staging: Path, out: Path) -> None:
@@ -199,7 +214,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             continue
         if leaves_folder(path):
             continue
-        shutil.copyfile(path, target / path.name)
+        (target / path.name).write_bytes(read_bytes(path, AdapterError, MAX_COPIED_BYTES))
         copied.append(path.name)
     return copied
 

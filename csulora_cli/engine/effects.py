@@ -80,10 +80,13 @@ def prompt_effects(
     """
     by_name = {module.name: module for module in modules}
     progress.stage("check", len(prompts.harmful.tokens) + len(prompts.benign.tokens))
-    grams = {
-        label: _Grams(host, groups, by_name, repaired).run(side, progress)
-        for label, side in (("harmful", prompts.harmful), ("benign", prompts.benign))
-    }
+
+    def run(side: Side) -> dict[str, _Gram]:
+        return host.batch_size.restarting(
+            lambda tell: _Grams(host, groups, by_name, repaired).run(side, tell), progress.advance
+        )
+
+    grams = {"harmful": run(prompts.harmful), "benign": run(prompts.benign)}
     return [
         _prompt_effect(module, repaired[module.name], {label: gram[module.name] for label, gram in grams.items()},
                        protect, strength)
@@ -151,12 +154,12 @@ class _Grams:
             for name, triple in self.rows.items()
         }
 
-    def run(self, side: Side, progress: Progress) -> dict[str, _Gram]:
+    def run(self, side: Side, advance: Callable[[int], None]) -> dict[str, _Gram]:
         for batch in self.host.batches(side.tokens):
             watch_inputs(
                 self.host, batch, side.weights(batch), {group.members[0]: self._adder(group) for group in self.groups}
             )
-            progress.advance(len(batch.rows))
+            advance(len(batch.rows))
         result = {}
         for group in self.groups:
             scale = attenuate.unit_trace_scale(group.features, self.squared_total[group])

@@ -7,7 +7,7 @@ groups of one chunk are collected at a time; a forward pass stops as soon as the
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class Moments:
     harmful: Tensor
     benign: Tensor
     are_tokens: bool
+
+    def to(self, device: torch.device) -> "Moments":
+        """The same on a device."""
+        return replace(self, harmful=self.harmful.to(device), benign=self.benign.to(device))
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,12 @@ def collect_moments(
         device: where the moments are kept and summed (float64).
         advance: called with the number of prompts done.
     """
+    return host.batch_size.restarting(lambda tell: _collect(host, groups, prompts, device, tell), advance)
+
+
+def _collect(
+    host: Host, groups: Sequence[InputGroup], prompts: DirectionPrompts, device: torch.device, advance: Progress
+) -> dict[InputGroup, Moments]:
     tokens = prompts.tokens
     sides: list[dict[InputGroup, Tensor]] = []
     for side in (prompts.harmful, prompts.benign):

@@ -1,6 +1,6 @@
 """Source "prompts": the closest updates that fade on what the host reads in harmful prompts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from csulora_cli.engine.inputs import (
     group_modules,
     iterate_chunks,
 )
+from csulora_cli.engine.memory import is_out_of_memory, release_memory, with_cpu_in_reserve
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
 from csulora_cli.solver.attenuate import by_moments, by_tokens
@@ -76,23 +77,60 @@ class PromptsPath:
     ) -> None:
         self.modules = {module.name: module for module in modules}
         self.protect = protect
-        device = solver_device(host.device)
+        self._device = solver_device(host.device)
         self.groups = group_modules(host, list(self.modules), prompts.harmful.tokens[0])
         self._check_all_ran()
         self._moments: dict[InputGroup, Moments] = {}
         self._solved: dict[tuple[Solver, float], dict[str, Factors]] = {}
-        total = len(prompts.harmful.tokens) + len(prompts.benign.tokens)
-        fits = sum(group_bytes(group, prompts.tokens) for group in self.groups) <= budget_bytes
-        if fits:
-            progress.stage("prompts", total)
-            self._moments = collect_moments(host, self.groups, prompts, device, progress.advance)
-            return
-        self._solved = {(solver, strength): {} for solver in solvers for strength in strengths}
-        progress.stage("prompts and modules", None)
-        for chunk in iterate_chunks(host, self.groups, prompts, device, budget_bytes, progress.advance):
+        self._host, self._prompts, self._progress = host, prompts, progress
+        self._wanted = [(solver, strength) for solver in solvers for strength in strengths]
+        while not self._is_prepared(budget_bytes):
+            budget_bytes = self._relieved(budget_bytes)
+            release_memory()
+
+    def _is_prepared(self, budget_bytes: int) -> bool:
+        """Collect the moments, and solve as well where they do not fit the budget; False where memory ran out."""
+        try:
+            if self._size(sum) <= budget_bytes:
+                self._collect()
+            else:
+                self._collect_and_solve(budget_bytes)
+        except Exception as problem:
+            if not is_out_of_memory(problem) or not self._can_relieve(budget_bytes):
+                raise
+            return False
+        return True
+
+    def _size(self, of_all: Callable[[Iterable[int]], int]) -> int:
+        """Bytes of all groups' moments together (`sum`), or of the largest (`max`)."""
+        return of_all(group_bytes(group, self._prompts.tokens) for group in self.groups)
+
+    def _collect(self) -> None:
+        self._progress.stage("prompts", len(self._prompts.harmful.tokens) + len(self._prompts.benign.tokens))
+        self._moments = collect_moments(self._host, self.groups, self._prompts, self._device, self._progress.advance)
+
+    def _collect_and_solve(self, budget_bytes: int) -> None:
+        self._solved = {key: {} for key in self._wanted}
+        self._progress.stage("prompts and modules", None)
+        advance = self._progress.advance
+        for chunk in iterate_chunks(self._host, self.groups, self._prompts, self._device, budget_bytes, advance):
             for group, moments in chunk.items():
                 for (solver, strength), solved in self._solved.items():
                     solved.update(self._solve(solver, group, moments, strength))
+
+    def _can_relieve(self, budget_bytes: int) -> bool:
+        """Whether moments can go to the CPU, or fewer of them can be held at once."""
+        return self._device.type != "cpu" or budget_bytes > self._size(max)
+
+    def _relieved(self, budget_bytes: int) -> int:
+        """Move the moments to the CPU, or hold at most half of them at once. Returns the budget."""
+        self._host.batch_size.divisor = 1  # it was not, or not only, the batches that took the memory
+        if self._device.type != "cpu":
+            self._progress.warn(f"out of memory on {self._device.type}: solving on the CPU, which is slower")
+            self._device = torch.device("cpu")
+            return budget_bytes
+        self._progress.warn("out of memory: solving a part of the modules at a time, which is slower")
+        return min(budget_bytes, self._size(sum)) // 2
 
     def _check_all_ran(self) -> None:
         ran = {name for group in self.groups for name in group.members}
@@ -114,4 +152,9 @@ class PromptsPath:
         return self._solved[key]
 
     def _solve(self, solver: Solver, group: InputGroup, moments: Moments, strength: float) -> dict[str, Factors]:
-        return solver([self.modules[name] for name in group.members], moments, self.protect, strength)
+        members = [self.modules[name] for name in group.members]
+        return with_cpu_in_reserve(
+            lambda device: solver(members, moments.to(device), self.protect, strength),
+            self._device,
+            self._progress.warn,
+        )

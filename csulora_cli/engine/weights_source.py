@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from csulora_cli.adapter import LoraModule
 from csulora_cli.checkpoint import Checkpoint, WeightMatch
 from csulora_cli.engine.host import Factors
+from csulora_cli.engine.memory import with_cpu_in_reserve
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
 from csulora_cli.settings import Geometry, RankMode
@@ -132,10 +134,9 @@ def measure_displacements(
     result: dict[str, ModuleDisplacement] = {}
     by_name = {module.name: module for module in modules}
     for pair in _pairs(modules, host, unaligned):
-        displacement = pair.displacement.to(device)
-        found = leading_directions(displacement, energy, rank)
+        found = with_cpu_in_reserve(partial(_directions, pair.displacement, energy, rank), device, progress.warn)
         for observe in observers:
-            observe(by_name[pair.name], displacement)
+            observe(by_name[pair.name], pair.displacement.to(found.right.device))
         norm = found.squared_total**0.5 / pair.weight_norm if pair.weight_norm > 0 else 0.0
         result[pair.name] = ModuleDisplacement(found.compact(), norm, pair.noise_share)
         progress.advance()
@@ -147,6 +148,10 @@ def measure_displacements(
     if same := [name for name, entry in result.items() if entry.directions.rank == 0]:
         progress.warn(f"host and unaligned model do not differ in {len(same)} modules, left unchanged: {some(same)}")
     return result
+
+
+def _directions(displacement: Tensor, energy: float, rank: int | None, device: torch.device) -> Directions:
+    return leading_directions(displacement.to(device), energy, rank)
 
 
 def _pairs(
