@@ -361,7 +361,7 @@ def read_config_file(path: Path, command: str) -> dict[str, Any]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise UsageError(f"cannot read --config {shown}: {printable(problem.strerror)}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UsageError(f"--config {shown} is not TOML: {printable(problem)}") from None
     if unknown := set(document) - set(TABLES):
         raise UsageError(
