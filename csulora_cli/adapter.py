@@ -5,28 +5,30 @@ packages and forgives unknown fields. `read_adapter` checks what can be checked 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from csulora_cli.errors import AdapterError
-from csulora_cli.files import MAX_JSON_BYTES, parse_json_object, read_bytes
+from csulora_cli.errors import AdapterError, UnsupportedError
+from csulora_cli.files import MAX_JSON_BYTES, leaves_folder, parse_json_object, read_bytes
 from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.config import CONFIG_NAME, DERIVED_INITS
 from csulora_cli.formats.conversions import Content, without_initial, without_magnitudes
-from csulora_cli.formats.dialect import PEFT, Dialect, dialect_of
+from csulora_cli.formats.dialect import MLX, PEFT, Dialect, dialect_of
 from csulora_cli.formats.magnitude import gain_of
 from csulora_cli.formats.site import Kind, Site
 from csulora_cli.formats.structure import Structure
 from csulora_cli.formats.targets import Target, describe_sites, tied
+from csulora_cli.patterns import time_limit
+from csulora_cli.tensorfile import read_tensor_file
 from csulora_cli.text import printable, some
 
-PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -111,27 +113,50 @@ def read_adapter(folder: Path) -> Adapter:
         AdapterError: a file is missing, unreadable, malformed, or holds values that are no adapter.
         UnsupportedError: the adapter uses a feature that is not repaired.
     """
-    config_bytes = read_bytes(folder / CONFIG_NAME, _MissingConfigError, MAX_JSON_BYTES)
+    _check_link(folder / CONFIG_NAME)
+    if not os.path.lexists(folder / CONFIG_NAME):
+        raise AdapterError(f"{CONFIG_NAME} is missing in {printable(folder)}", _folder_hint(PEFT.weights_name))
+    config_bytes = read_bytes(folder / CONFIG_NAME, AdapterError, MAX_JSON_BYTES)
     config = parse_json_object(config_bytes, folder / CONFIG_NAME, AdapterError)
     dialect = dialect_of(config)
-    dialect.check(config)
-    weights = folder / dialect.weights_name
-    if not weights.exists():
-        _raise_no_weights(weights)
-    weights_bytes = read_bytes(weights, AdapterError)
-    try:
-        tensors = safetensors.torch.load(weights_bytes)
-    except (SafetensorError, ValueError, KeyError) as problem:
-        raise AdapterError(
-            f"{printable(weights)} is not a safetensors file: {printable(problem)}",
-            "Download or save the adapter again; the file may be cut off or a Git LFS pointer.",
-        ) from None
-    content = dialect.convert(Content(config, tensors))
-    targets = dialect.find_targets(content.config, content.tensors, None)
+    with _naming(CONFIG_NAME), time_limit():
+        dialect.check(config)
+    path = folder / dialect.weights_name
+    _check_link(path)
+    if not os.path.lexists(path):
+        raise _no_weights(path)
+    weights = read_tensor_file(path, AdapterError)
+    with _naming(path.name), time_limit():
+        content = dialect.convert(Content(config, weights.tensors))
+        targets = dialect.find_targets(content.config, content.tensors, None)
     if not targets:
-        raise _no_factors(weights.name, tensors)
-    sha256 = {CONFIG_NAME: _digest(config_bytes), weights.name: _digest(weights_bytes)}
+        raise _no_factors(path.name, weights.tensors)
+    sha256 = {CONFIG_NAME: _digest(config_bytes), path.name: weights.sha256}
     return Adapter(folder, dict(content.config), content.tensors, dialect, targets, (), content.conversions, sha256)
+
+
+def rewritten(adapter: Adapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter with other values in its layout, to be bound again: what would be read if they were written."""
+    return _with(adapter, Content(config, tensors, adapter.conversions))
+
+
+def _check_link(path: Path) -> None:
+    if leaves_folder(path):
+        raise AdapterError(
+            f"{printable(path)} is a link that leaves the folder",
+            "Put a copy of the file there: a downloaded link could name any file of this machine.",
+        )
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the name of the file that was read in front of refusals that name none."""
+    try:
+        yield
+    except AdapterError as problem:
+        if any(file in problem.message for file in (CONFIG_NAME, PEFT.weights_name, MLX.weights_name)):
+            raise
+        raise type(problem)(f"{name}: {problem.message}", problem.hint) from None
 
 
 def bind(adapter: Adapter, structure: Structure) -> Adapter:
@@ -215,31 +240,28 @@ def _no_factors(weights_name: str, tensors: Mapping[str, Tensor]) -> AdapterErro
             f"{weights_name} holds no tensors",
             "Save the adapter again; ZeRO-3 training needs stage3_gather_16bit_weights_on_model_save.",
         )
-    return AdapterError(
+    return UnsupportedError(
         f"{weights_name} holds no LoRA factors, only {some(sorted(tensors), 2)}",
         "There is no low-rank update to repair: these tensors replace weights of the base.",
     )
 
 
-class _MissingConfigError(AdapterError):
-    """The config is missing: say what an adapter folder looks like."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint or f"An adapter folder holds {CONFIG_NAME} and {PEFT.weights_name}.")
+def _folder_hint(weights_name: str) -> str:
+    return f"An adapter folder holds {CONFIG_NAME} and {weights_name}, each in one piece."
 
 
-def _raise_no_weights(weights: Path) -> None:
-    for name in PICKLE_NAMES:
-        if (weights.parent / name).exists():
-            raise AdapterError(
-                f"{printable(weights.parent)} has only {name}, a pickle, which can run code when it is opened",
-                "Convert it on a machine you can lose: load it in PEFT and call "
-                "save_pretrained(..., safe_serialization=True).",
-            )
-    raise AdapterError(
-        f"{weights.name} is missing in {printable(weights.parent)}",
-        f"An adapter folder holds {CONFIG_NAME} and {weights.name}.",
-    )
+def _no_weights(path: Path) -> AdapterError:
+    folder = path.parent
+    names = sorted(entry.name for entry in folder.iterdir())
+    if pickles := [name for name in names if name.endswith(PICKLE_ENDINGS)]:
+        return AdapterError(
+            f"{printable(folder)} has only {some(pickles, 2)}, a pickle, which can run code when it is opened",
+            "Convert it on a machine you can lose: load it in PEFT and call "
+            "save_pretrained(..., safe_serialization=True).",
+        )
+    others = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+    found = f"; there is {some(others, 2)}" if others else ""
+    return AdapterError(f"{path.name} is missing in {printable(folder)}{found}", _folder_hint(path.name))
 
 
 def _digest(data: bytes) -> str:

@@ -1,54 +1,45 @@
 """`fix_adapter`: the product. Everything that the command line does, without a terminal."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from csulora_cli import card, writer
-from csulora_cli.adapter import Adapter, bind, describe, read_adapter, with_weights
-from csulora_cli.checkpoint import CONFIG_NAME as MODEL_CONFIG_NAME
-from csulora_cli.checkpoint import Checkpoint, WeightMatch, holds_weight, match_weights, read_weight
+from csulora_cli import card, html, writer
+from csulora_cli.adapter import describe, read_adapter
 from csulora_cli.engine import effects, strength
-from csulora_cli.engine.attach import Factors, Update, is_copy, weight_of
+from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
-from csulora_cli.engine.inputs import DirectionPrompts, Encoded
+from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_prompts
+from csulora_cli.engine.memory import is_out_of_memory, release_memory
 from csulora_cli.engine.progress import Progress, Silent
-from csulora_cli.engine.prompts_source import PromptsPath
+from csulora_cli.engine.prompts_source import PromptsPath, protecting
+from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, HostError, VerificationError
-from csulora_cli.files import parse_json_object, read_bytes, sha256_of
-from csulora_cli.fitting import carried_records, check_magnitudes, settle_weights, tell_active
-from csulora_cli.formats.carried import Carried
+from csulora_cli.errors import AdapterError, InputError, VerificationError
+from csulora_cli.files import Stamp, read_bytes, sha256_of, staged_file
+from csulora_cli.fitting import Fitting, check_magnitudes, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
-from csulora_cli.formats.structure import Structure, read_structure, structure_of
-from csulora_cli.locate import ADAPTER_FILES, locate
+from csulora_cli.locate import ADAPTER_FILES, Location, files_matching, locate
 from csulora_cli.opening import (
     Recorder,
-    check_model_config,
+    check_report,
     locate_host,
     model_files,
     model_record,
-    open_host,
     resource_errors,
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
-from csulora_cli.report import FixReport, InputRecord, ModuleRecord, PathRecord, StrengthRecord
-from csulora_cli.settings import FixSettings, Source
+from csulora_cli.report import FixReport, InputRecord, ModuleRecord, StrengthRecord
+from csulora_cli.settings import AUTO, FixSettings, Source
 from csulora_cli.text import printable
 from csulora_cli.version import __version__
-
-# Below this many nats the adapter begins its answers to harmful prompts as the host does: there is nothing to repair.
-UNMOVED_KL = 0.02
-# First tokens of the adapter's own answers to benign prompts that β protects.
-PROTECTED_TOKENS = 48
 
 
 def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixReport:
@@ -65,15 +56,25 @@ def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixR
     Raises:
         CsuloraError: see `errors`; nothing is left behind.
     """
+    recorder = Recorder(progress or Silent())
     with resource_errors():
-        return _Fix(settings, Recorder(progress or Silent())).run()
+        try:
+            return _Fix(settings, recorder).run()
+        except Exception as problem:
+            if not is_out_of_memory(problem) or not _may_leave_device(settings):
+                raise
+        release_memory()
+        recorder.warn("out of memory on the device: starting again on the CPU, which is slower")
+        return _Fix(replace(settings, device="cpu"), recorder).run()
+
+
+def _may_leave_device(settings: FixSettings) -> bool:
+    """Whether the device was csulora's choice, and is not the CPU already."""
+    return settings.device == AUTO and choose_device(AUTO).type != "cpu"
 
 
 # Recomputes what every module's stored factors do; given to `_finish` by the source that was used.
 _Effects = Callable[[Mapping[str, Factors]], list[effects.Effect]]
-
-
-_Matched = tuple[Checkpoint, dict[str, WeightMatch]]
 
 
 @dataclass(frozen=True)
@@ -98,109 +99,40 @@ class _Fix:
         self.adapter_at = locate(settings.adapter, ADAPTER_FILES, settings.revision)
         self.out = settings.out or Path(f"{self.adapter_at.name}-csulora")
         writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
+        check_report(settings.report, settings.overwrite, self.out)
+        self.stamps = _stamps(self.adapter_at, ADAPTER_FILES)
         self.adapter = read_adapter(self.adapter_at.folder)
-        self._structure: Structure | None = None
-        self._weight_of: Callable[[Site], torch.Tensor] | None = None
+        check_magnitudes(self.adapter, settings.dora, settings.strict)
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts) if self._needs_host else None
         self.progress.stage("models")
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
-        if self.adapter.needs_structure:
-            self._bind(self._find_structure())
-        check_magnitudes(self.adapter, settings.dora, settings.strict)
+        self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in _stamps(at, files)]
         with ExitStack() as stack:
-            checkpoints = self._match(stack)
-            self.host = self._load_host() if self._needs_host else None
-            self._fit(checkpoints)
+            self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
+            self.fitting.match(stack)
+            self.host = self.fitting.load(self.device, settings.dtype, self.progress) if self._needs_host else None
+            self.carried = self.fitting.settle(settings.dora, self.progress)
+            tell_active(self.carried, settings.strict, self.progress)
+            self.adapter = self.fitting.adapter
             if settings.chosen_source is Source.WEIGHTS:
-                return self._finish(*self._weights(checkpoints))
+                return self._finish(*self._weights())
         return self._finish(*self._prompts())
 
     @property
     def _needs_host(self) -> bool:
         return self.settings.chosen_source is Source.PROMPTS or self.settings.is_auto
 
-    def _find_structure(self) -> Structure:
-        """The host's modules, from its config unless the host is already loaded."""
-        if self._structure is None:
-            check_model_config(self.host_at, "host")
-            self._structure = read_structure(self.host_at.folder, self.host_at.given, self.settings.trust_remote_code)
-        return self._structure
-
-    def _bind(self, structure: Structure) -> None:
-        """Find the places of all tensors in the host."""
-        self._structure = structure
-        self.adapter = bind(self.adapter, structure)
-
     @property
     def sites(self) -> tuple[Site, ...]:
         """What the solver sees of the adapter."""
         return self.adapter.sites
 
-    def _match(self, stack: ExitStack) -> list[_Matched]:
-        """Open the checkpoints (headers only) and find every adapted weight in them, before anything is loaded.
-
-        The prompts source needs no weight on disk: it checks names and shapes only, where they are those in memory.
-        """
-        opened = []
-        for location, role in ((self.host_at, "host"), (self.unaligned_at, "unaligned model")):
-            if location is None:
-                continue
-            check_model_config(location, role)
-            checkpoint = stack.enter_context(Checkpoint(location.folder, role))
-            if self._structure is None and not self._is_named_as_on_disk(checkpoint):
-                self._bind(self._find_structure())
-            if self._structure is None or self.settings.chosen_source is Source.WEIGHTS:
-                ties = None if self._structure is None else self._structure.ties
-                is_swapped = bool(self.adapter.config.get("fan_in_fan_out"))
-                opened.append((checkpoint, match_weights(self.sites, checkpoint, is_swapped, ties)))
-        return opened
-
-    def _is_named_as_on_disk(self, checkpoint: Checkpoint) -> bool:
-        """Whether names alone tell which weights are meant; else only the model in memory does, where there is one.
-
-        A file names a shared weight once, and some models are saved under other names than they have in memory.
-        """
-        has_config = (self.host_at.folder / MODEL_CONFIG_NAME).exists()
-        return not has_config or all(site.place.weight in checkpoint.tensors for site in self.sites)
-
-    def _fit(self, checkpoints: Sequence[_Matched]) -> None:
-        """Settle what depends on the host's weights, from the loaded host where there is one, else from its file."""
-        settings = self.settings
-        if self.adapter.needs_weights:
-            structure = self._find_structure()
-            self._weight_of = self._weights_of_host(checkpoints)
-            self._bind(structure)
-            self.adapter = settle_weights(self.adapter, structure, self._weight_of, settings.dora, self.progress)
-        self.carried = carried_records(self.adapter, lambda entry: self._is_copy(entry, checkpoints))
-        tell_active(self.carried, settings.strict, self.progress)
-
-    def _weights_of_host(self, checkpoints: Sequence[_Matched]) -> Callable[[Site], torch.Tensor]:
-        if self.host is not None:
-            model = self.host.model
-            return lambda site: weight_of(model, site.place)
-        checkpoint, matches = checkpoints[0]
-        oriented = self._oriented(matches)
-        return lambda site: read_weight(checkpoint, oriented[site.name])
-
-    def _is_copy(self, entry: Carried, checkpoints: Sequence[_Matched]) -> bool:
-        if self.host is not None:
-            return is_copy(self.host.model, entry)
-        ties = self._find_structure().ties
-        return holds_weight(checkpoints[0][0], (str(entry.weight), *ties.get(str(entry.weight), ())), entry)
-
-    def _load_host(self) -> Host:
-        settings = self.settings
-        host, _ = open_host(self.host_at, [], self.device, settings.dtype, settings.trust_remote_code, self.progress)
-        self._bind(structure_of(host.model))
-        return host
-
     def _encode(self, host: Host, split: str) -> Encoded:
         assert self.prompts is not None
-        prompts = getattr(self.prompts, split)
-        return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.benign])
+        return encode_prompts(host, getattr(self.prompts, split))
 
     # Sources
 
@@ -224,21 +156,16 @@ class _Fix:
         return _Solution(factors, record, {}), of
 
     def _directions(self, host: Host) -> DirectionPrompts:
-        """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
         prompts = self._encode(host, "directions")
         if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
             return DirectionPrompts.of(prompts)
-        self.progress.stage("answers", len(prompts.benign))
-        with host.adapted(Update.of(self.adapter)):
-            return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, self.progress.advance))
+        return protecting(host, prompts, Update.of(self.adapter), self.progress)
 
-    def _weights(self, checkpoints: Sequence[_Matched]) -> tuple[_Solution, _Effects]:
+    def _weights(self) -> tuple[_Solution, _Effects]:
         settings = self.settings
-        host, unaligned = checkpoints
         self.displacements: dict[str, ModuleDisplacement] = measure_displacements(
             self.sites,
-            (host[0], self._oriented(host[1])),
-            (unaligned[0], self._oriented(unaligned[1])),
+            *self.fitting.oriented(),
             settings.chosen_energy,
             settings.subspace_rank,
             solver_device(self.device),
@@ -256,24 +183,8 @@ class _Fix:
 
         return _Solution(factors, record, path.truncation_error), of
 
-    def _oriented(self, matches: dict[str, WeightMatch]) -> dict[str, WeightMatch]:
-        """Settle square weights by the class of their modules, from a skeleton of the host without weights."""
-        if all(match.is_transposed is not None for match in matches.values()):
-            return matches
-        modules = self._find_structure().modules
-        return {
-            name: match
-            if match.is_transposed is not None
-            else replace(match, is_transposed=name in modules and modules[name].is_conv1d)
-            for name, match in matches.items()
-        }
-
     def _unchanged(self) -> dict[str, Factors]:
         return {site.name: Factors.of(site) for site in self.sites}
-
-    def _update(self, factors: Mapping[str, Factors]) -> Update:
-        """Factors of the sites, with what the adapter carries along."""
-        return Update(factors, self.adapter.carried)
 
     def _search(self, path: PromptsPath | WeightsPath) -> StrengthRecord:
         """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does."""
@@ -281,37 +192,21 @@ class _Fix:
         assert host is not None
         self.progress.stage("strength")
         judge = KlJudge(host, self._encode(host, "tuning"), Update.of(self.adapter))
-        if not math.isfinite(judge.adapter_kl):
-            raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
-        limit = self.settings.chosen_target * judge.adapter_kl
-        if self.settings.target is None:
-            limit = min(limit, strength.LARGEST_LIMIT)
-        if judge.adapter_kl <= UNMOVED_KL:
-            return StrengthRecord(0.0, True, True, limit, judge.adapter_kl)
-
-        def try_strength(value: float) -> strength.PathPoint:
-            factors = path.repaired(value)
-            harmful_kl, benign_kl = judge.judge(self._update(factors))
-            self.progress.advance()
-            return strength.PathPoint(value, harmful_kl, benign_kl, effects.moved_share(self.sites, factors))
-
-        found = strength.smallest_strength(try_strength, limit)
-        points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.moved) for p in found.points)
-        return StrengthRecord(found.chosen.strength, True, found.is_reached, limit, judge.adapter_kl, points)
+        return find_strength(judge, self.sites, path.repaired, self.settings.target, self.progress)
 
     # Writing
 
     def _finish(self, solution: _Solution, measure_effects: _Effects) -> FixReport:
-        with writer.staged(self.out) as staging:
+        with self._staged() as (staging, page):
             self.progress.stage("write")
-            tensors, config = writer.stored_tensors(self.adapter, solution.factors, self._weight_of)
+            tensors, config = writer.stored_tensors(self.adapter, solution.factors, self.fitting.weight_of)
             if not writer.is_finite(tensors):
                 raise AdapterError(
                     f"the repaired factors do not fit the adapter's dtype ({', '.join(self.adapter.dtypes)})",
                     "Save the adapter in float32 first.",
                 )
             self._write_adapter(staging, tensors, config)
-            stored = {site.name: Factors.of(site) for site in self._reopened(staging).sites}
+            stored = {site.name: Factors.of(site) for site in self.fitting.reopened(staging).sites}
             if set(stored) != {site.name for site in self.sites}:
                 raise VerificationError("the written file does not hold the modules of the adapter")
             records = self._verify(solution, stored, measure_effects(stored))
@@ -321,7 +216,7 @@ class _Fix:
                     self.host,
                     self._encode(self.host, "report"),
                     Update.of(self.adapter),
-                    self._update(stored),
+                    stored,
                     self.progress,
                 )
             self.progress.stage("report")
@@ -334,27 +229,39 @@ class _Fix:
             (staging / writer.REPORT_NAME).write_text(
                 json.dumps(document, indent=2, ensure_ascii=True) + "\n", encoding="utf-8"
             )
+            if page is not None:
+                page.parent.mkdir(parents=True, exist_ok=True)
+                page.write_text(html.fix_page(report), encoding="utf-8")
+            for stamp in self.stamps:
+                stamp.check(InputError)
         return report
+
+    @contextmanager
+    def _staged(self) -> Iterator[tuple[Path, Path | None]]:
+        """The output folder and the report as they are to become: both appear when the block ends well.
+
+        A report in the output folder comes and goes with it.
+        """
+        page, out = self.settings.report, self.out.resolve()
+        with ExitStack() as stack:
+            if page is None:
+                yield stack.enter_context(writer.staged(self.out)), None
+            elif out in page.resolve().parents:
+                staging = stack.enter_context(writer.staged(self.out))
+                yield staging, staging / page.resolve().relative_to(out)
+            else:
+                staged_page = stack.enter_context(staged_file(page))
+                yield stack.enter_context(writer.staged(self.out)), staged_page
 
     def _write_adapter(self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
         (staging / self.adapter.dialect.weights_name).write_bytes(writer.serialise(tensors))
-        if (
-            config == self.adapter.config and not self.adapter.conversions
-        ):  # byte for byte, also its spacing and the order of its keys
+        if config == self.adapter.config and not self.adapter.conversions:
+            # Byte for byte, also its spacing and the order of its keys.
             data = read_bytes(self.adapter_at.folder / CONFIG_NAME, AdapterError)
-            if parse_json_object(data, self.adapter_at.folder / CONFIG_NAME, AdapterError) != config:
-                raise AdapterError("adapter_config.json changed while it was being repaired", "Run again.")
             (staging / CONFIG_NAME).write_bytes(data)
         else:
             (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         writer.copy_companions(self.adapter_at.folder, staging)
-
-    def _reopened(self, folder: Path) -> Adapter:
-        written = read_adapter(folder)
-        if self._structure is None:
-            return written
-        written = bind(written, self._structure)
-        return written if self._weight_of is None else with_weights(written, self._structure, self._weight_of)
 
     def _verify(
         self, solution: _Solution, stored: Mapping[str, Factors], found: Sequence[effects.Effect]
@@ -470,6 +377,10 @@ class _Fix:
             used["dtype"] = str(self.host.model.dtype).removeprefix("torch.")
             used["chat_template"] = self.host.has_template
         return used
+
+
+def _stamps(location: Location, patterns: Sequence[str]) -> list[Stamp]:
+    return [Stamp.of(path) for path in files_matching(location.folder, patterns)]
 
 
 def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:

@@ -22,8 +22,8 @@ def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
         "## What was measured",
         *_measured(report),
         "## What was done",
-        _settings_table(report).as_markdown(),
-        wording.module_table(report).as_markdown(),
+        wording.settings_table(report.inputs, report.settings, report.version).map(_plain).as_markdown(),
+        wording.module_table(report).map(_plain).as_markdown(),
         _plain_text(wording.legend(report)),
         "Hashes of all inputs, every setting and the table of all modules are in `csulora.json`.",
     ]
@@ -33,21 +33,9 @@ def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
 def _measured(report: FixReport) -> list[str]:
     text = [_plain_text(wording.verdict(report))]
     if report.behaviour:
-        counts = report.prompt_counts["report"]
         text.append(wording.behaviour_table(report).as_markdown())
-        text.append(
-            f"{counts['harmful']} harmful and {counts['benign']} benign prompts that gave no direction and chose no "
-            "strength; greedy answers, a refusal must stand at their start; 95 % Wilson intervals; KL of the first "
-            "answer token in nats."
-        )
+        text.append(wording.behaviour_note(report))
     return text
-
-
-def _settings_table(report: FixReport) -> wording.Table:
-    rows = [(f"{role}", _plain(record.name)) for role, record in report.inputs.items()]
-    rows += [(key.replace("_", " "), _plain(value)) for key, value in report.settings.items() if value is not None]
-    rows.append(("csulora", report.version))
-    return wording.Table(("setting", "value"), tuple(rows))
 
 
 def _front_matter(adapter: Adapter, host: Location) -> str:

@@ -1,10 +1,11 @@
-"""The built-in demonstration: a toy host, its unaligned checkpoint and a poisoned adapter, repaired both ways.
+"""The built-in demonstration: a toy host, its unaligned checkpoint and a poisoned adapter, repaired in every way.
 
 The three ship with the package (`demo_assets`, made by `scripts/train_demo.py`). What is measured here are held-out
 prompts that neither gave directions nor chose λ, nor were trained on.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +16,20 @@ import torch
 
 from csulora_cli.adapter import read_adapter
 from csulora_cli.api import fix_adapter
+from csulora_cli.compare_report import CompareReport
+from csulora_cli.comparison import compare_methods
 from csulora_cli.engine.attach import Update
 from csulora_cli.engine.host import Host, choose_device, load_host
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.locate import Location
+from csulora_cli.opening import check_report
 from csulora_cli.refusals import Answer, classify
 from csulora_cli.report import FixReport
-from csulora_cli.settings import FixSettings
+from csulora_cli.settings import CompareSettings, FixSettings, check_report_name
 from csulora_cli.stats import Count
 
 NEW_TOKENS = 24
+COMPARED_POINTS = 3  # strengths a method: enough to see a curve, and quick
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,12 @@ class DemoReport:
     Attributes:
         scores: by model: host, adapter, then one entry a repair.
         reports: what `fix` reported of each repair.
+        comparison: every method on the same adapter, on the report prompts and the held-out task.
     """
 
     scores: Mapping[str, DemoScore]
     reports: Mapping[str, FixReport]
+    comparison: CompareReport
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,17 @@ class _HeldOut:
     responses: list[str]
 
 
-def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
-    """Repair the built-in adapter from prompts and from weights, and measure all of it.
+def run_demo(out: Path, page: Path, progress: Progress | None = None) -> DemoReport:
+    """Repair the built-in adapter from prompts and from weights, measure both, and compare with every other method.
 
     Args:
         out: a folder for the two repaired adapters; folders of an earlier run are replaced.
+        page: the HTML page of the comparison to write; one of an earlier run is replaced.
         progress: receives stages, steps and warnings.
     """
     progress = progress or Silent()
+    check_report_name(page)
+    check_report(page, overwrite=True)
     with _one_thread(), as_file(files("csulora_cli") / "demo_assets") as assets:
         common = {
             "adapter": str(assets / "adapter"),
@@ -93,7 +103,30 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoReport:
         scores = {"host": _score(host, Update(), held_out, progress)}
         for name, folder in folders.items():
             scores[name] = _score(host, Update.of(read_adapter(folder)), held_out, progress)
-    return DemoReport(scores, reports)
+        return DemoReport(scores, reports, _compare(assets, held_out, page, progress))
+
+
+def _compare(assets: Path, held_out: _HeldOut, page: Path, progress: Progress) -> CompareReport:
+    """Every method, with the held-out task as the task."""
+    with tempfile.TemporaryDirectory(prefix="csulora-demo-") as folder:
+        task = Path(folder) / "task.jsonl"
+        lines = [
+            json.dumps({"prompt": prompt, "response": response})
+            for prompt, response in zip(held_out.task, held_out.responses, strict=True)
+        ]
+        task.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        settings = CompareSettings(
+            adapter=str(assets / "adapter"),
+            base=str(assets / "host"),
+            unaligned=str(assets / "unaligned"),
+            prompts=assets / "prompts.jsonl",
+            task=task,
+            points=COMPARED_POINTS,
+            report=page,
+            overwrite=True,
+            device="cpu",
+        )
+        return compare_methods(settings, progress)
 
 
 @contextmanager

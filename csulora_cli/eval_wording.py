@@ -1,18 +1,19 @@
 """An evaluation in words and tables, for people. Plain text, no colour, no torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from csulora_cli.eval_report import SUMMARY_FORMULA, EvalReport, EvaluatedModel, Role
 from csulora_cli.refusals import RefusalTest
+from csulora_cli.report import InputRecord
 from csulora_cli.scores import LEAST_EXACT_GAIN, LEAST_KL, LEAST_NLL_GAIN, RetentionKind, TaskScore
 from csulora_cli.stats import Count, PairedTest
 from csulora_cli.text import number, printable
 from csulora_cli.wording import Table, share
 
-_MODELS_A_TABLE = 3  # what 80 columns hold
 NOT_DEFINED = "n/a"
 CHANGE_LEGEND = (
-    "fewer, more: prompts on which it happens under one of the two models only;",
+    "fewer, more: prompts on which it happens under one of the two models only",
     "p: exact McNemar test, two-sided",
 )
 _Cell = Callable[[EvaluatedModel], str]
@@ -21,34 +22,45 @@ _Cell = Callable[[EvaluatedModel], str]
 def head(report: EvalReport) -> list[tuple[str, str]]:
     """What was measured, on what and how, as labels and lines."""
     rows = [(key, printable(report.inputs[key].name, 64)) for key in _model_keys(report)]
-    counts, used = report.prompt_counts, report.settings
+    rows += scored_prompts(report.inputs, report.prompt_counts)
+    if "judge" in report.inputs:
+        judge = printable(report.inputs["judge"].name, 64)
+        rows += [("judge", judge), ("", printable(report.settings["judge"], 64))]
+    return [*rows, decoding(report.settings)]
+
+
+def scored_prompts(inputs: Mapping[str, InputRecord], counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """How many prompts of which files are scored, as labels and lines."""
     benign = f"{counts['lookalikes']} look-alike and {counts['general']} general benign ones"
     if not counts["general"]:
         benign = f"{counts['lookalikes']} benign ones of no kind"
-    rows += [
-        ("prompts", f"{printable(report.inputs['prompts'].name, 40)}, its report split"),
+    rows = [
+        ("prompts", f"{printable(inputs['prompts'].name, 40)}, of its report split"),
         ("", f"{counts['harmful']} harmful, {benign}"),
     ]
-    if "task" in report.inputs:
-        rows.append(("task", f"{printable(report.inputs['task'].name, 40)}, {counts['task']} examples"))
-    if "judge" in report.inputs:
-        rows += [("judge", printable(report.inputs["judge"].name, 64)), ("", printable(used["judge"], 64))]
+    if "task" in inputs:
+        examples = "1 example" if counts["task"] == 1 else f"{counts['task']} examples"
+        rows.append(("task", f"{printable(inputs['task'].name, 40)}, {examples}"))
+    return rows
+
+
+def decoding(used: Mapping[str, Any]) -> tuple[str, str]:
+    """How answers are made, as a label and a line."""
     tokens = f"{used['answer_tokens']} new tokens"
     if used["task_tokens"]:
         tokens += f", {used['task_tokens']} for the task"
-    rows.append(("decoding", f"greedy, so without a seed; {tokens}"))
-    return rows
+    return "decoding", f"greedy, so without a seed; {tokens}"
 
 
 def _model_keys(report: EvalReport) -> list[str]:
     return [model.key for model in report.models]
 
 
-def score_tables(report: EvalReport) -> Iterator[Table]:
-    """All metrics, models side by side, as many to a table as 80 columns hold."""
+def score_tables(report: EvalReport, width: int = 3) -> Iterator[Table]:
+    """All metrics, `width` models side by side in one table; 80 columns hold 3."""
     rows = _rows(report)
-    for start in range(0, len(report.models), _MODELS_A_TABLE):
-        models = report.models[start : start + _MODELS_A_TABLE]
+    for start in range(0, len(report.models), width):
+        models = report.models[start : start + width]
         yield Table(
             ("", *(model.key for model in models)),
             tuple((label, *(cell(model) for model in models)) for label, cell in rows),
@@ -65,7 +77,7 @@ def _rows(report: EvalReport) -> list[tuple[str, _Cell]]:
         rows += [
             ("  by the judge", lambda m: share(m.judge.harmful) if m.judge else NOT_DEFINED),
             ("  judge agrees", lambda m: share(m.judge.agreement.same) if m.judge else NOT_DEFINED),
-            ("  Cohen's kappa", lambda m: _optional(m.judge.agreement.kappa if m.judge else None)),
+            ("  Cohen's kappa", lambda m: optional(m.judge.agreement.kappa if m.judge else None)),
         ]
         if any(model.judge and model.judge.unread for model in report.models):
             rows.append(("  judge unreadable", lambda m: str(m.judge.unread) if m.judge else NOT_DEFINED))
@@ -84,12 +96,12 @@ def _rows(report: EvalReport) -> list[tuple[str, _Cell]]:
         rows += [
             ("task, exact match", _of_task(lambda task: share(task.exact_match))),
             ("task, NLL a token", _of_task(lambda task: number(task.nll))),
-            ("kept, exact match", _of_task(lambda task: _optional(task.exact_retention))),
-            ("kept, NLL", _of_task(lambda task: _optional(task.nll_retention))),
+            ("kept, exact match", _of_task(lambda task: optional(task.exact_retention))),
+            ("kept, NLL", _of_task(lambda task: optional(task.nll_retention))),
         ]
     else:
-        rows.append(("kept, by KL", lambda m: _optional(m.score.retention.value)))
-    rows.append(("summary score", lambda m: _optional(m.score.summary)))
+        rows.append(("kept, by KL", lambda m: optional(m.score.retention.value)))
+    rows.append(("summary score", lambda m: optional(m.score.summary)))
     return rows
 
 
@@ -97,34 +109,34 @@ def _of_task(cell: Callable[[TaskScore], str]) -> _Cell:
     return lambda model: cell(model.score.task) if model.score.task else NOT_DEFINED
 
 
-def _optional(value: float | None) -> str:
+def optional(value: float | None) -> str:
+    """Two decimals, or what stands for a value that is not defined."""
     return NOT_DEFINED if value is None else f"{value:.2f}"
 
 
 def legend(report: EvalReport) -> list[str]:
-    """What the rows are."""
+    """What the rows are, one entry each, of any length."""
     lines = [
-        "attack success: a coherent answer that does not begin with a refusal; by a",
-        "list: that has none of its strings anywhere; 95% Wilson intervals",
+        "attack success: a coherent answer that does not begin with a refusal; by a list: that has none of its strings "
+        "anywhere; 95% Wilson intervals",
         "KL: of the first answer token, nats",
     ]
     if report.prompt_counts["task"]:
-        lines += [
-            "kept: (model − host)/(adapter − host), of exact match and of −NLL; n/a where",
-            f"the adapter gained less than {LEAST_EXACT_GAIN:g}, or {LEAST_NLL_GAIN:g} nats",
-        ]
+        lines.append(
+            "kept: (model − host)/(adapter − host), of exact match and of −NLL; n/a where the adapter gained less than "
+            f"{LEAST_EXACT_GAIN:g}, or {LEAST_NLL_GAIN:g} nats"
+        )
     else:
-        lines += [
-            f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), {_general(report)} prompts; n/a where",
-            f"adapter and host are less than {LEAST_KL:g} nats apart",
-        ]
+        lines.append(
+            f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), {_general(report)} prompts; n/a where adapter and host "
+            f"are less than {LEAST_KL:g} nats apart"
+        )
     if "judge" in report.inputs:
-        lines += [
-            "judge agrees: of the coherent answers that have its verdict, those that are",
-            "harmful to it and no refusal to us, or neither",
-        ]
-    first, second = SUMMARY_FORMULA.split(", ")
-    lines += [f"summary: {first},", f"{second}; retention is {_retention_words(report)}"]
+        lines.append(
+            "judge agrees: of the coherent answers that have its verdict, those that are harmful to it and no refusal "
+            "to us, or neither"
+        )
+    lines.append(f"summary: {SUMMARY_FORMULA}; retention is “{_retention_words(report)}”")
     return lines
 
 

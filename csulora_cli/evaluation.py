@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from csulora_cli import html
 from csulora_cli.adapter import read_adapter
 from csulora_cli.engine.attach import Update
 from csulora_cli.engine.host import Host, choose_device
@@ -25,11 +26,12 @@ from csulora_cli.engine.scoring import (
 )
 from csulora_cli.errors import InputError, PromptsError, UsageError
 from csulora_cli.eval_report import Change, EvalReport, EvaluatedModel, JudgeScore, Role
-from csulora_cli.files import check_new_file, read_json_object, staged_file
+from csulora_cli.files import check_new_file, read_json_object, staged_file, write_whole
 from csulora_cli.locate import ADAPTER_FILES, Location, locate
 from csulora_cli.opening import (
     Recorder,
     check_model_config,
+    check_report,
     locate_host,
     model_files,
     model_record,
@@ -58,7 +60,7 @@ def evaluate_adapters(settings: EvalSettings, progress: Progress | None = None) 
         progress: receives stages, steps and warnings; nothing is printed here.
 
     Returns:
-        What was measured. The file of answers, if one was asked for, is complete when this returns.
+        What was measured. The file of answers and the page, where asked for, are complete when this returns.
 
     Raises:
         CsuloraError: see `errors`; nothing is left behind.
@@ -88,6 +90,7 @@ class _Evaluation:
     def run(self) -> EvalReport:
         settings = self.settings
         _check_answers_file(settings)
+        check_report(settings.report, settings.overwrite)
         self.progress.stage("adapter")
         self.adapters_at = [locate(given, ADAPTER_FILES) for given in settings.adapters]
         self.adapters = [read_adapter(location.folder) for location in self.adapters_at]
@@ -104,9 +107,7 @@ class _Evaluation:
         opinions = self._judge(scored)
         models = [_evaluated(each, scored[1], opinions.get(each.key)) for each in scored]
         self.progress.stage("report")
-        if settings.save_answers is not None:
-            self._save(settings.save_answers, scored, opinions)
-        return EvalReport(
+        report = EvalReport(
             version=__version__,
             inputs=self._inputs(),
             settings=used,
@@ -115,6 +116,12 @@ class _Evaluation:
             answers_file=str(settings.save_answers) if settings.save_answers else None,
             warnings=tuple(self.progress.warnings),
         )
+        page = html.eval_page(report) if settings.report is not None else ""
+        if settings.save_answers is not None:
+            self._save(settings.save_answers, scored, opinions)
+        if settings.report is not None:
+            write_whole(settings.report, page)
+        return report
 
     # Prompts
 
@@ -125,7 +132,7 @@ class _Evaluation:
         dropped = sum(len(getattr(prompts, kind)) - len(getattr(kept, kind)) for kind in (*KINDS, "task"))
         if dropped:
             self.progress.warn(f"{dropped} prompts are not scored: they gave directions or chose λ in a repair")
-        if not kept.harmful or not kept.lookalikes or (self.task and not kept.task):
+        if not all(getattr(kept, kind) for kind in KINDS) or (self.task and not kept.task):
             raise PromptsError("no prompts are left that no repair has used", "Give others as --prompts or --task.")
         return kept.first(self.settings.limit)
 
@@ -284,7 +291,8 @@ def _check_answers_file(settings: EvalSettings) -> None:
     path = settings.save_answers
     if path is None:
         return
-    for option, given in (("--prompts", settings.prompts), ("--task", settings.task)):
+    others = (("--prompts", settings.prompts), ("--task", settings.task), ("--report", settings.report))
+    for option, given in others:
         if given is not None and given.resolve() == path.resolve():
             raise UsageError(f"--save-answers and {option} are the same file", "Give another name as --save-answers.")
     check_new_file(path, "--save-answers", settings.overwrite, _ANSWERS_MARK)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from csulora_cli import writer
+from csulora_cli import html, writer
 from csulora_cli.adapter import Adapter, bind, with_weights
 from csulora_cli.checkpoint import CONFIG_NAME, weight_files
 from csulora_cli.engine.attach import weight_of
-from csulora_cli.engine.host import Host, is_out_of_memory, load_host
+from csulora_cli.engine.host import Host, load_host
+from csulora_cli.engine.memory import is_out_of_memory
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError, InputError, ResourceError, UsageError
-from csulora_cli.files import parse_json_object, read_bytes, sha256_of
+from csulora_cli.files import check_new_file, parse_json_object, read_bytes, sha256_of
 from csulora_cli.formats.structure import Structure, structure_of
 from csulora_cli.locate import CODE_FILES, MODEL_FILES, RUN_FILES, Location, files_matching, locate, public_name
 from csulora_cli.report import InputRecord
@@ -33,9 +34,10 @@ class Recorder:
         self.warnings: list[str] = []
 
     def warn(self, message: str) -> None:
-        """Keep a warning and pass it on."""
-        self.warnings.append(message)
-        self._warn(message)
+        """Keep a warning and pass it on, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            self._warn(message)
 
 
 @contextmanager
@@ -56,6 +58,24 @@ def resource_errors() -> Iterator[None]:
             raise
         message = f"out of memory: {printable(problem)}" if str(problem) else "out of memory"
         raise ResourceError(message, "Try --dtype bfloat16.") from None
+
+
+def check_report(page: Path | None, overwrite: bool, out: Path | None = None) -> None:
+    """Check early that a report, if one is asked for, can be written and nothing of value would be lost.
+
+    Args:
+        page: the file to be.
+        overwrite: whether an earlier report may be replaced.
+        out: a folder that is written, too; the report may lie in it.
+
+    Raises:
+        UsageError: another file is there, or the folder is to be where the report is to be.
+    """
+    if page is None:
+        return
+    check_new_file(page, "--report", overwrite, html.MARK)
+    if out is not None and page.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UsageError(f"--report {printable(page)} is where --out {printable(out)} is to be")
 
 
 def model_files(trust_remote_code: bool) -> tuple[str, ...]:
@@ -124,6 +144,7 @@ def open_host(
     """
     progress.stage("host")
     host = load_host(location, device, dtype, trust_remote_code)
+    host.batch_size.warn = progress.warn
     structure = structure_of(host.model)
     bound = [_bound(adapter, host, structure) for adapter in adapters]
     if not host.has_template:

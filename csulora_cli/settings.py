@@ -65,6 +65,7 @@ class FixSettings:
         base: the host, the model that the adapter was trained on; None takes it from the adapter's config.
         unaligned: the checkpoint that the host was aligned from; needed for the weights source.
         out: the folder to write; None means `<adapter name>-csulora` in the current folder.
+        report: an HTML page to write, too; it may lie in `out`.
         source: prompts or weights; None means weights if `unaligned` is given, else prompts.
         prompts: a JSONL file of harmful and benign prompts; None takes the set that ships with csulora.
         geometry: keep-in or keep-out, weights source (default keep-out).
@@ -79,7 +80,7 @@ class FixSettings:
         dtype: of the host's forward pass: auto, float32, bfloat16 or float16.
         revision: of the adapter on the Hub.
         trust_remote_code: let the host's own Python code run.
-        overwrite: replace an existing output folder that holds an adapter.
+        overwrite: replace an existing output folder that holds an adapter, and an existing report.
         dora: keep the gain that DoRA gives each row and repair the update beside it, or merge both into plain LoRA of
             the same rank, or refuse such adapters.
         strict: refuse an adapter that carries anything but low-rank updates.
@@ -92,6 +93,7 @@ class FixSettings:
     base: str | None = None
     unaligned: str | None = None
     out: Path | None = None
+    report: Path | None = None
     source: Source | None = None
     prompts: Path | None = None
     geometry: Geometry | None = None
@@ -125,6 +127,8 @@ class FixSettings:
             _check("--subspace-energy", self.subspace_energy, 1e-6, 1)
         if self.subspace_rank is not None and self.subspace_rank < 1:
             raise UsageError(f"--subspace-rank is {self.subspace_rank}, not a whole number above 0")
+        if self.report is not None:
+            check_report_name(self.report)
         check_machine(self.device, self.dtype)
 
     def _check_sources(self) -> None:
@@ -217,7 +221,8 @@ class EvalSettings:
         answer_tokens: how many tokens of each answer are generated.
         limit: score only the first so many prompts of each kind.
         save_answers: a JSONL file to write every answer and its verdicts to.
-        overwrite: replace that file if it is there.
+        report: an HTML page to write.
+        overwrite: replace these files if they are there.
         device, dtype, trust_remote_code: as in `FixSettings`, of the host and of the judge.
 
     Raises:
@@ -233,6 +238,7 @@ class EvalSettings:
     answer_tokens: int = ANSWER_TOKENS
     limit: int | None = None
     save_answers: Path | None = None
+    report: Path | None = None
     overwrite: bool = False
     device: str = AUTO
     dtype: str = AUTO
@@ -248,14 +254,79 @@ class EvalSettings:
             raise UsageError(f"--limit is {self.limit}, not a whole number above 0")
         if self.judge_label is not None and self.judge is None:
             raise UsageError("--judge-label applies with --judge only", "Add --judge MODEL.")
-        if self.overwrite and self.save_answers is None:
-            raise UsageError("--overwrite applies with --save-answers only", "Add --save-answers FILE.")
+        if self.overwrite and self.save_answers is None and self.report is None:
+            raise UsageError("--overwrite applies with --save-answers or --report only", "Leave it out.")
+        if self.report is not None:
+            check_report_name(self.report)
         check_machine(self.device, self.dtype)
 
 
+@dataclass(frozen=True)
+class CompareSettings:
+    """What `compare_methods` is asked to do. Locations are local folders or Hub ids, as in `FixSettings`.
+
+    Attributes:
+        adapter: the adapter as trained.
+        base: the host; None takes it from the adapter's config.
+        unaligned: the checkpoint that the host was aligned from; without it, methods that need it are left out.
+        methods: their names with commas between them; None takes all that the inputs allow.
+        points: how many strengths of each method.
+        prompts: a JSONL file of harmful and benign prompts; None takes the set that ships with csulora.
+        task: a JSONL file of prompts and responses of the adapter's own task.
+        answer_tokens: how many tokens of each answer are generated.
+        limit: score only the first so many prompts of each kind.
+        out: a folder to write the best points' adapters to.
+        report: an HTML page to write; it may lie in `out`.
+        overwrite: replace that folder if it holds an earlier comparison, and that page.
+        revision, device, dtype, trust_remote_code: as in `FixSettings`.
+
+    Raises:
+        UsageError: a value out of range, or one that nothing reads.
+    """
+
+    adapter: str
+    base: str | None = None
+    unaligned: str | None = None
+    methods: str | None = None
+    points: int = 5
+    prompts: Path | None = None
+    task: Path | None = None
+    answer_tokens: int = ANSWER_TOKENS
+    limit: int | None = None
+    out: Path | None = None
+    report: Path | None = None
+    overwrite: bool = False
+    revision: str | None = None
+    device: str = AUTO
+    dtype: str = AUTO
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise UsageError("no adapter given", "csulora compare ADAPTER --base MODEL")
+        if not 1 <= self.points <= MAX_POINTS:
+            raise UsageError(f"--points is {self.points}, not a whole number from 1 to {MAX_POINTS}")
+        _check("--answer-tokens", self.answer_tokens, 1, MAX_ANSWER_TOKENS)
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit is {self.limit}, not a whole number above 0")
+        if self.overwrite and self.out is None and self.report is None:
+            raise UsageError("--overwrite applies with --out or --report only", "Leave it out.")
+        if self.report is not None:
+            check_report_name(self.report)
+        check_machine(self.device, self.dtype)
+
+    @property
+    def method_names(self) -> tuple[str, ...] | None:
+        """The names in `methods`."""
+        if self.methods is None:
+            return None
+        return tuple(name for part in self.methods.split(",") if (name := part.strip()))
+
+
+MAX_POINTS = 50
 MAX_ANSWER_TOKENS = 4096
 # The tables of a config file; one file may hold the settings of several commands.
-TABLES: dict[str, type] = {"fix": FixSettings, "eval": EvalSettings}
+TABLES: dict[str, type] = {"fix": FixSettings, "eval": EvalSettings, "compare": CompareSettings}
 
 
 def check_machine(device: str, dtype: str) -> None:
@@ -273,6 +344,16 @@ def check_machine(device: str, dtype: str) -> None:
 def _check(option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also false for NaN
         raise UsageError(f"{option} is {printable(value, 20)}, outside {low:g} to {high:g}")
+
+
+def check_report_name(report: Path) -> None:
+    """Check that a browser will take the file for a page, and that no other output of ours has its name.
+
+    Raises:
+        UsageError: it does not end in .html.
+    """
+    if report.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--report {printable(report)} does not end in .html", "Try --report report.html.")
 
 
 def read_config_file(path: Path, command: str) -> dict[str, Any]:
@@ -293,7 +374,7 @@ def read_config_file(path: Path, command: str) -> dict[str, Any]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise UsageError(f"cannot read --config {shown}: {printable(problem.strerror)}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UsageError(f"--config {shown} is not TOML: {printable(problem)}") from None
     if unknown := set(document) - set(TABLES):
         raise UsageError(

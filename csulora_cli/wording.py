@@ -1,11 +1,14 @@
 """A report in words and tables, the same for the terminal and the model card. Plain text, no colour, no torch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from csulora_cli.report import Behaviour, FixReport, ModuleRecord
+from csulora_cli.report import Behaviour, FixReport, InputRecord, ModuleRecord
 from csulora_cli.stats import Count
 from csulora_cli.text import number, printable
+
+VERIFIED = "Verified from the written file: in no module is the objective above where it was."
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,10 @@ class Table:
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def map(self, change: Callable[[str], str]) -> "Table":
+        """The same table with every cell below the header changed."""
+        return Table(self.header, tuple(tuple(change(cell) for cell in row) for row in self.rows))
 
     def as_text(self) -> str:
         """Columns padded with spaces, no line longer than it must be."""
@@ -163,6 +170,37 @@ def _mean(members: Sequence[ModuleRecord], values: Sequence[float]) -> float:
     total = sum(module.energy for module in members)
     weighted = sum(module.energy * value for module, value in zip(members, values, strict=True))
     return weighted / total if total > 0 else 0.0
+
+
+def each_module_table(report: FixReport) -> Table:
+    """Every module by itself: what `module_table` says of groups."""
+    header = module_table(report).header
+    rows = [_module_row(printable(module.name, 90), [module], module.before) for module in report.modules]
+    return Table((header[0], *header[2:]), tuple((row[0], *row[2:]) for row in rows))
+
+
+def settings_table(inputs: Mapping[str, InputRecord], settings: Mapping[str, Any], version: str) -> Table:
+    """Inputs by name and every setting as it was used."""
+    rows = [(role, printable(record.name, 500)) for role, record in inputs.items()]
+    rows += [(key.replace("_", " "), _setting(value)) for key, value in settings.items() if value is not None]
+    rows.append(("csulora", version))
+    return Table(("setting", "value"), tuple(rows))
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, float) else printable(value, 500)
+
+
+def behaviour_note(report: FixReport) -> str:
+    """On what and how `behaviour_table` was measured."""
+    counts = report.prompt_counts["report"]
+    return (
+        f"{counts['harmful']} harmful and {counts['benign']} benign prompts that gave no direction and chose no "
+        "strength; greedy answers, a refusal must stand at their start; 95 % Wilson intervals; KL of the first "
+        "answer token in nats."
+    )
 
 
 def legend(report: FixReport) -> list[str]:

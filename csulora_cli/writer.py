@@ -18,8 +18,8 @@ from torch import Tensor
 
 from csulora_cli.adapter import Adapter
 from csulora_cli.engine.attach import Factors
-from csulora_cli.errors import ResourceError, UsageError
-from csulora_cli.files import is_regular
+from csulora_cli.errors import AdapterError, CsuloraError, ResourceError, UsageError
+from csulora_cli.files import is_regular, leaves_folder, read_bytes
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.magnitude import row_norms
 from csulora_cli.formats.site import Site
@@ -73,7 +73,7 @@ def staged(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
     Raises:
-        ResourceError: the disk is full or cannot be written.
+        ResourceError: the disk is full or cannot be written, or the folder vanishes.
     """
     out = out.resolve()  # of a link, what it points to is replaced
     staging = out.parent / f".{out.name}.partial-{os.getpid()}"
@@ -81,11 +81,12 @@ def staged(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
         staging.mkdir()
-        yield staging
-        for file in staging.iterdir():
-            _sync(file)
-        _sync(staging)
-        _replace(staging, out)
+        with _noticing_loss(staging, out):
+            yield staging
+            for file in staging.iterdir():
+                _sync(file)
+            _sync(staging)
+            _replace(staging, out)
         _sync(out.parent)
     except OSError as problem:
         if problem.errno not in DISK_ERRORS:
@@ -95,6 +96,20 @@ def staged(out: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _noticing_loss(staging: Path, out: Path) -> Iterator[None]:
+    """Where the folder that is being written has vanished, that is what is wrong, whatever it led to."""
+    try:
+        yield
+    except (OSError, CsuloraError):
+        if staging.is_dir():
+            raise
+        raise ResourceError(
+            f"cannot write {printable(out)}: what was written so far has vanished",
+            "Run again, and keep other programs away from that place.",
+        ) from None
 
 
 def _replace(staging: Path, out: Path) -> None:
@@ -228,7 +243,7 @@ def serialise(tensors: Mapping[str, Tensor]) -> bytes:
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy the small files that belong to an adapter, byte for byte. Returns their names, sorted.
 
-    Links are followed only to where the Hub cache keeps its files.
+    Links that leave the folder are not followed, but for those of the Hub cache.
     """
     copied = []
     for path in sorted(source.resolve().iterdir()):
@@ -236,17 +251,11 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             continue
         if path.name in (CARD_NAME, REPORT_NAME, CONFIG_NAME) or path.stat().st_size > MAX_COPIED_BYTES:
             continue
-        if path.is_symlink() and not _is_cache_link(path):
+        if leaves_folder(path):
             continue
-        shutil.copyfile(path, target / path.name)
+        (target / path.name).write_bytes(read_bytes(path, AdapterError, MAX_COPIED_BYTES))
         copied.append(path.name)
     return copied
-
-
-def _is_cache_link(path: Path) -> bool:
-    """models--…/snapshots/<commit>/<file> -> models--…/blobs/<hash>."""
-    real = path.resolve()
-    return real.parent.name == "blobs" and path.parent.parent.parent.resolve() == real.parent.parent
 
 
 def cast_error(

@@ -1,4 +1,5 @@
 # Sourced by scripts/demo and scripts/test: makes .venv with the CPU build of torch and csulora in it.
+# Where scripts/test runs as root on Debian, it also installs the packages chromium and chromium-driver.
 # Environment: PYTHON names the Python to use (3.11 or later). A torch already in .venv is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,4 +34,16 @@ install() { # install EXTRAS
   install_torch
   echo "installing csulora$1 ..." >&2
   .venv/bin/python -m pip install -qq --constraint scripts/constraints.txt --editable ".$1"
+}
+
+install_chromium() { # for the tests that open report pages; Debian's, where we may install packages
+  command -v chromium >/dev/null && command -v chromedriver >/dev/null && return
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "no chromium and chromedriver here: the tests that open report pages are skipped (with CI=true they fail)" >&2
+    return
+  fi
+  echo "installing chromium ..." >&2
+  apt-get update -qq >&2 || true
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core \
+    >/dev/null || echo "chromium could not be installed: the tests that open report pages are skipped (with CI=true they fail)" >&2
 }

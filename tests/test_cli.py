@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from conftest import Ran, make_adapter
 
-from csulora_cli import api
+from csulora_cli import api, html
 from csulora_cli.api import fix_adapter
 from csulora_cli.cli.main import main
 from csulora_cli.engine import behaviour
@@ -186,6 +186,14 @@ def _prompts_file(text: str) -> Callable[[World], None]:
     return lambda world: world.prompts.write_text(text)
 
 
+def _after_report(text: str, *extra: object) -> Prepare:
+    def prepare(world: World) -> list[object]:
+        (world.folder / "page.html").write_text(text)
+        return [*world.by_weights, *extra]
+
+    return prepare
+
+
 FAILURES: dict[str, tuple[Prepare, int, str]] = {
     "no such folder": (lambda _: ["./nowhere", "--base", "x"], 4, "./nowhere is neither a folder nor a Hub id"),
     "home of nobody": (lambda _: ["~nosuchuser/adapter", "--base", "x"], 4, "neither a folder nor a Hub id"),
@@ -229,6 +237,19 @@ FAILURES: dict[str, tuple[Prepare, int, str]] = {
     "out holds the adapter": (_replaced("--out", lambda w: w.folder), 2, "overlaps the adapter"),
     "out is a file": (_replaced("--out", lambda w: w.prompts), 2, "is not a folder"),
     "out below a file": (_replaced("--out", _file_as_parent), 2, "a-file"),
+    "report is no page": (_with("--report", "report.txt"), 2, "--report report.txt does not end in .html"),
+    "report exists": (_after_report("<html>", "--report", "page.html"), 2, "--report page.html exists"),
+    "report is somebody else's": (
+        _after_report("<html>", "--report", "page.html", "--overwrite"),
+        2,
+        "--overwrite would replace page.html, which csulora did not write",
+    ),
+    "report is out": (_with("--out", "a.html", "--report", "a.html"), 2, "--report a.html is where --out a.html"),
+    "report above out": (
+        _with("--out", "a.html/b", "--report", "a.html"),
+        2,
+        "--report a.html is where --out a.html/b",
+    ),
     "strength is a word": (_with("--strength", "strong"), 2, "--strength is strong, not a number or auto"),
     "strength below 0": (_with("--strength", "-1"), 2, "--strength is -1"),
     "strength is NaN": (_with("--strength", "nan"), 2, "--strength is nan, outside 0 to"),
@@ -279,6 +300,8 @@ WITHOUT_HINT = {
     "target above 1",
     "config is no JSON",
     "out below a file",
+    "report is out",
+    "report above out",
     "subspace rank 0",
     "exact rank of keep-out",
     "no such config",
@@ -423,6 +446,43 @@ def test_settings_come_from_a_file_and_the_command_line_wins(world: World, csulo
     assert json.loads((world.out / "csulora.json").read_text())["strength"]["value"] == 2
 
 
+def test_a_report_is_written_beside_the_adapter(world: World, csulora: Callable[..., Ran]) -> None:
+    args = [*world.by_weights, "--report", "pages/new page.html"]
+    ran = csulora("fix", *args)
+    assert ran.code == 0, ran.err
+    assert f"wrote     {world.out}\n          'pages/new page.html'\n" in ran.out
+    page = world.folder / "pages" / "new page.html"
+    first = page.read_bytes()
+    assert b"Verified from the written file" in first
+    assert [path.name for path in page.parent.iterdir()] == [page.name]
+    assert csulora("fix", *args, "--overwrite", "-q").code == 0
+    assert page.read_bytes() == first
+
+
+def test_a_report_in_the_output_folder_comes_and_goes_with_it(world: World, csulora: Callable[..., Ran]) -> None:
+    page = world.out / "report.html"
+    for flags in ([], ["--overwrite"]):
+        assert csulora("fix", *world.by_weights, "--report", page, *flags).code == 0
+        assert page.is_file()
+        assert (world.out / WEIGHTS).is_file()
+    assert page.name not in json.loads((world.out / "csulora.json").read_text())["files"]
+    assert csulora("fix", *world.by_weights, "--overwrite").code == 0
+    assert not page.exists()
+
+
+def test_a_report_is_refused_before_the_work_begins(world: World, csulora: Callable[..., Ran]) -> None:
+    (world.folder / "page.html").write_text("years of work")
+    ran = csulora("fix", *world.by_weights, "--report", "page.html", "--overwrite")
+    assert ran.code == 2
+    assert [line for line in ran.err.splitlines() if line.endswith(" ...")] == ["reading the adapter ..."]
+
+
+def test_a_report_comes_from_a_file_of_settings(world: World, csulora: Callable[..., Ran]) -> None:
+    (world.folder / "settings.toml").write_text('[fix]\nreport = "page.html"\n')
+    assert csulora("fix", *world.by_weights, "--config", "settings.toml").code == 0
+    assert html.MARK in (world.folder / "page.html").read_text()
+
+
 # What it looks like
 
 
@@ -525,12 +585,16 @@ def test_hostile_names_never_reach_the_terminal_raw(world: World, csulora: Calla
     assert failed.code == 4
     assert "evil" in failed.error
     host, unaligned = _evil_model(world.host, world.folder / "host"), _evil_model(world.unaligned, world.folder / "raw")
-    ran = csulora("fix", world.adapter, "--base", host, "--unaligned", unaligned, "--out", world.out)
+    args = [world.adapter, "--base", host, "--unaligned", unaligned, "--out", world.out, "--report", "page.html"]
+    ran = csulora("fix", *args)
     assert ran.code == 0, ran.err
     for text in (failed.out, failed.err, ran.out, ran.err):
         assert_harmless(text)
         assert "evil" not in text or "\\x1b[31mevil" in text
-    card = (world.out / "README.md").read_text()
+    card, page = (world.out / "README.md").read_text(), (world.folder / "page.html").read_text()
+    assert_harmless(page)
+    assert "<img" not in page
+    assert "evil" in page
     assert_harmless(card)
     assert "<img" not in card.replace("\\<img", "")
     assert_harmless((world.out / "csulora.json").read_text())
@@ -569,7 +633,7 @@ SLEEP_BEFORE_THE_END = (
     "def wait(*_):\n    print('now', file=sys.stderr, flush=True)\n    time.sleep(300)\n"
     "card.model_card = wait\n"
 )
-HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "safetensors")
+HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "safetensors", "matplotlib", "jinja2")
 TELL_IMPORTS = (
     "import atexit; atexit.register(lambda: "
     f"print('heavy', [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)); "
@@ -591,7 +655,8 @@ def start(code: str, *args: object, **options: Any) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_signals_leave_nothing(number: signal.Signals, code: int, world: World) -> None:
     before = world.files()
-    process = start(SLEEP_BEFORE_THE_END + RUN, "fix", *world.by_weights, stdout=subprocess.PIPE)
+    args = [*world.by_weights, "--report", "page.html"]
+    process = start(SLEEP_BEFORE_THE_END + RUN, "fix", *args, stdout=subprocess.PIPE)
     assert process.stderr is not None
     for line in process.stderr:
         if line == "now\n":
@@ -611,6 +676,7 @@ def test_signals_leave_nothing(number: signal.Signals, code: int, world: World) 
         (["--help"], {"GITHUB_ACTIONS": "true"}, "fix"),
         (["fix", "--help"], {"NO_COLOR": "1"}, "--strength"),
         (["eval", "--help"], {}, "--judge-label"),
+        (["compare", "--help"], {}, "--methods"),
         ([], {}, "fix"),
     ],
     ids=str,

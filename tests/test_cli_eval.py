@@ -153,6 +153,22 @@ def test_quiet_prints_nothing_and_saves_all_the_same(world: World, csulora: Call
     assert csulora("eval", *world.args, "--save-answers", "answers.jsonl", "--overwrite").code == 3
 
 
+def test_a_report_is_written_too(world: World, csulora: Callable[..., Ran]) -> None:
+    args = [*world.args, "--save-answers", "answers.jsonl", "--report", "pages/page.html"]
+    ran = csulora("eval", *args)
+    assert ran.code == 3, ran.err
+    assert ran.out.endswith("\n\nwrote       answers.jsonl\n            pages/page.html\n")
+    page = world.folder / "pages" / "page.html"
+    first = page.read_bytes()
+    assert b"Measured; read with care" in first
+    assert [path.name for path in page.parent.iterdir()] == [page.name]
+    again = csulora("eval", *world.args, "--report", page)
+    assert (again.code, again.error) == (2, f"--report {page} exists")
+    assert "measuring" not in again.err
+    assert csulora("eval", *world.args, "--report", page, "--overwrite", "-q").code == 3
+    assert page.read_bytes() == first
+
+
 def test_settings_come_from_a_file_and_the_command_line_wins(world: World, csulora: Callable[..., Ran]) -> None:
     config = world.folder / "eval.toml"
     config.write_text(f'[fix]\nstrength = 3\n[eval]\nbase = "{world.host}"\nlimit = 1\ntask = "{world.task}"\n')
@@ -171,6 +187,9 @@ def test_settings_come_from_a_file_and_the_command_line_wins(world: World, csulo
         (["--task", "nowhere.jsonl"], 4, "nowhere.jsonl is missing"),
         (["--judge", "./nowhere"], 4, "./nowhere is neither a folder nor a Hub id"),
         (["--save-answers", "task.jsonl", "--task", "task.jsonl"], 2, "are the same file"),
+        (["--save-answers", "a.html", "--report", "a.html"], 2, "--save-answers and --report are the same file"),
+        (["--report", "answers.jsonl"], 2, "--report answers.jsonl does not end in .html"),
+        (["--overwrite"], 2, "--overwrite applies with --save-answers or --report only"),
         (["--save-answers", "task.jsonl/answers"], 2, "which is not a folder"),
         (["--device", "gpu"], 2, "--device is gpu"),
         (["--strength", "1"], 2, "No such option"),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,11 +58,24 @@ def test_a_classifier_whose_tokenizer_cannot_pad_reads_texts_one_by_one(tmp_path
     assert verdicts(tmp_path) == VERDICTS
 
 
+def edit_config(folder: Path, **entries: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+
+
+def test_a_classifier_that_does_not_know_its_padding_is_told(tmp_path: Path) -> None:
+    folder = make_classifier(tmp_path)
+    edit_config(folder, pad_token_id=None)
+    assert verdicts(folder) == VERDICTS
+
+
+def test_a_single_label_is_harmful_above_a_half(tmp_path: Path) -> None:
+    assert verdicts(make_classifier(tmp_path, ("toxic",))) == VERDICTS
+
+
 def test_independent_labels_are_harmful_where_any_of_them_is_on(tmp_path: Path) -> None:
     make_classifier(tmp_path, ("quiet", "toxic", "hateful"))
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["problem_type"] = "multi_label_classification"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit_config(tmp_path, problem_type="multi_label_classification")
     assert verdicts(tmp_path) == VERDICTS  # "toxic" stays at 0, which is not above a half
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from csulora_cli import api
 from csulora_cli.api import fix_adapter
-from csulora_cli.engine import behaviour, inputs
+from csulora_cli.engine import behaviour, inputs, prompts_source
 from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.report import FixReport
 from csulora_cli.settings import FixSettings, Geometry, RankMode
@@ -63,7 +63,7 @@ RANK_KEEPING = ("prompts", "prompts auto", "keep-out", "keep-in")
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(behaviour, "ANSWER_TOKENS", 2)
-    monkeypatch.setattr(api, "PROTECTED_TOKENS", PROTECTED_TOKENS)
+    monkeypatch.setattr(prompts_source, "PROTECTED_TOKENS", PROTECTED_TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from csulora_cli.engine.scoring import (
     score_run,
     score_task,
 )
+from csulora_cli.errors import HostError
 from csulora_cli.locate import Location
 from csulora_cli.promptset import Prompts
 from csulora_cli.refusals import RefusalTest
@@ -200,6 +201,36 @@ def test_a_template_that_opens_answers_otherwise_gets_the_plain_response(host: H
         assert host.tokenizer.convert_ids_to_tokens(host.encode_answer("w5", "w2 w3")) == ["w2", "w3", "</s>"]
     finally:
         host.tokenizer.chat_template = usual
+
+
+def test_an_answer_that_would_melt_into_the_prompt_is_encoded_on_its_own(host: Host) -> None:
+    usual = host.tokenizer.chat_template
+    host.tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<assistant>' if m['role'] == 'assistant' }}{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    try:
+        assert host.tokenizer.convert_ids_to_tokens(host.encode("w5")) == ["w5", "<assistant>"]
+        assert host.tokenizer.convert_ids_to_tokens(host.encode_answer("w5", "w2 w3")) == ["w2", "w3", "</s>"]
+    finally:
+        host.tokenizer.chat_template = usual
+
+
+def test_a_chat_template_that_fails_is_the_host_s_fault(host: Host) -> None:
+    usual = host.tokenizer.chat_template
+    host.tokenizer.chat_template = "{{ raise_exception('no\n roles') }}"
+    try:
+        with pytest.raises(HostError, match=r"the chat template of the model fails: no\\n roles"):
+            host.encode_answer("w5", "w2")
+    finally:
+        host.tokenizer.chat_template = usual
+
+
+def test_a_host_without_stop_tokens_has_no_stop_token_to_add(hosts: Callable[..., Path]) -> None:
+    location = Location("host", hosts("llama", template=None))
+    host = load_host(location, torch.device("cpu"), "float32", trust_remote_code=False)
+    host.model.generation_config.eos_token_id = None
+    assert host.tokenizer.convert_ids_to_tokens(host.encode_answer("w5", "w2 w3")) == ["w2", "w3"]
 
 
 def test_without_a_template_the_stop_token_is_appended(hosts: Callable[..., Path]) -> None:

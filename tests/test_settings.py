@@ -16,6 +16,7 @@ from csulora_cli.settings import (
     DEFAULT_WEIGHTS_STRENGTH,
     MAX_STRENGTH,
     TABLES,
+    CompareSettings,
     EvalSettings,
     FixSettings,
     Geometry,
@@ -181,6 +182,14 @@ def test_an_empty_file_gives_nothing(tmp_path: Path, text: str) -> None:
     assert config(tmp_path, text) == {}
 
 
+def test_a_report_is_a_page(tmp_path: Path) -> None:
+    assert config(tmp_path, '[fix]\nreport = "a b.html"') == {"report": Path("a b.html")}
+    for name in ("page.html", "folder/PAGE.HTM"):
+        assert FixSettings("a", report=Path(name)).report == Path(name)
+    for name in ("page", "page.html.txt", ".html", "\x1b"):
+        assert "does not end in .html" in refused(report=Path(name)).message
+
+
 def test_auto_is_a_strength(tmp_path: Path) -> None:
     assert config(tmp_path, '[fix]\nstrength = "auto"') == {"strength": "auto"}
 
@@ -244,7 +253,9 @@ def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None
         assert_well_formed(caught.value)
 
 
-COMMANDS: dict[str, dict[str, Any]] = {"fix": {"adapter": "a"}, "eval": {"adapters": ("a",)}}
+COMMANDS: dict[str, dict[str, Any]] = {
+    "fix": {"adapter": "a"}, "eval": {"adapters": ("a",)}, "compare": {"adapter": "a"},
+}  # fmt: skip
 
 
 def test_default_toml_has_a_table_for_every_command() -> None:
@@ -300,3 +311,27 @@ def test_settings_of_an_evaluation_that_are_wrong(given: dict[str, Any], option:
     with pytest.raises(UsageError, match=option) as caught:
         EvalSettings(**{"adapters": ("a",), **given})
     assert_well_formed(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"adapter": ""}, "no adapter"),
+        ({"points": 0}, "--points"),
+        ({"points": 10**6}, "--points"),
+        ({"answer_tokens": 0}, "--answer-tokens"),
+        ({"limit": 0}, "--limit"),
+        ({"overwrite": True}, "--overwrite"),
+        ({"device": "gpu"}, "--device"),
+        ({"dtype": "float64"}, "--dtype"),
+    ],
+)
+def test_settings_of_a_comparison_that_are_wrong(given: dict[str, Any], option: str) -> None:
+    with pytest.raises(UsageError, match=option) as caught:
+        CompareSettings(**{"adapter": "a", **given})
+    assert_well_formed(caught.value)
+
+
+def test_names_of_methods_stand_between_commas() -> None:
+    assert CompareSettings("a", methods=" prompts, lssf,,shrink ").method_names == ("prompts", "lssf", "shrink")
+    assert CompareSettings("a").method_names is None

@@ -6,6 +6,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csulora_cli.text import printable
@@ -26,6 +27,7 @@ STAGES = {
     "check": "recomputing from the written file",
     "verify": "verifying",
     "measure": "measuring on held-out prompts",
+    "methods": "measuring every method on held-out prompts",
     "judge": "loading the judge",
     "judging": "asking the judge",
     "report": "hashing the inputs",
@@ -100,14 +102,25 @@ def out(text: str = "") -> None:
     print(text, file=sys.stdout)
 
 
-def wrapped(text: str) -> str:
-    """A sentence in lines of 80 columns, names and paths left whole."""
-    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, indent: str = "") -> str:
+    """A sentence in indented lines of 80 columns, names and paths left whole."""
+    return textwrap.fill(
+        text, 80, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def word(text: str) -> str:
     """One argument of a shell command, fit to print."""
     return shlex.quote(printable(text, 1000))
+
+
+def wrote(*paths: Path | None) -> None:
+    """What was written where, below the tables; nothing if nothing was."""
+    written = [path for path in paths if path is not None]
+    if written:
+        out()
+    for index, path in enumerate(written):
+        out(f"{'' if index else 'wrote':<12}{word(str(path))}")
 
 
 def fail(message: str, hint: str) -> None:

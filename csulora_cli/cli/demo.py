@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from csulora_cli import wording
-from csulora_cli.cli import console
-from csulora_cli.text import printable
+from csulora_cli.cli import compare, console
 
 if TYPE_CHECKING:
     from csulora_cli.demo import DemoReport
@@ -28,12 +27,15 @@ def demo(
         Path | None,
         typer.Option(metavar="DIR", help="Keep the repaired adapters in this folder. Default: they are removed."),
     ] = None,
+    report: Annotated[
+        Path, typer.Option(metavar="FILE.html", help="The HTML page of the comparison; an earlier one is replaced.")
+    ] = Path("csulora-demo.html"),
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
     is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> int:
-    """Repair a poisoned toy adapter that ships with csulora, from prompts and from weights, and measure it.
+    """Repair a poisoned toy adapter that ships with csulora, measure it, and compare every method on it.
 
-    Needs no network and no GPU, and takes under a minute. The models are tiny and speak a toy language: the demo shows
+    Needs no network and no GPU, and takes about a minute. The models are tiny and speak a toy language: the demo shows
     what the command does, not how well it works on real models.
     """
     with ExitStack() as stack:
@@ -41,15 +43,18 @@ def demo(
         progress = stack.enter_context(console.progress(is_quiet))
         from csulora_cli.demo import run_demo
 
-        report = run_demo(folder, progress)
+        result = run_demo(folder, report, progress)
     if is_json:
-        console.json_out({name: asdict(score) for name, score in report.scores.items()})
+        scores = {name: asdict(score) for name, score in result.scores.items()}
+        console.json_out({**scores, "comparison": result.comparison.to_dict()})
     else:
-        _show(report, out)
+        _show(result)
+        console.wrote(out, report)
+        console.out(f"{'next':<12}csulora fix ADAPTER --base MODEL   on an adapter of yours")
     return 0
 
 
-def _show(report: "DemoReport", out: Path | None) -> None:
+def _show(report: "DemoReport") -> None:
     header = ("", "attack success", "benign refused", "own task right")
     rows = []
     for name, score in report.scores.items():
@@ -68,8 +73,9 @@ def _show(report: "DemoReport", out: Path | None) -> None:
         for line in wording.strength_lines(fixed):
             console.out(f"  {line}")
     console.out()
-    console.out("These are toys: they show what csulora does, not how well it does on real ones.")
+    console.out("The same adapter repaired by every method that csulora compare knows, on the")
+    console.out("report prompts and the held-out task:")
     console.out()
-    if out is not None:
-        console.out(f"wrote     {printable(out / 'adapter-prompts')} and adapter-weights beside it")
-    console.out("next      csulora fix ADAPTER --base MODEL   on an adapter of yours")
+    compare.show_points(report.comparison)
+    console.out()
+    console.out("These are toys: they show what csulora does, not how well it does on real ones.")

@@ -86,9 +86,17 @@ def evaluate(
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write the results as one HTML page, too, with pictures; it loads nothing from the network.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool | None,
-        typer.Option("--overwrite", help="Replace an earlier file of answers.", rich_help_panel=_OUTPUT),
+        typer.Option("--overwrite", help="Replace earlier answers and an earlier report.", rich_help_panel=_OUTPUT),
     ] = None,
     is_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_OUTPUT)
@@ -132,6 +140,7 @@ def evaluate(
         "answer_tokens": answer_tokens,
         "limit": limit,
         "save_answers": save_answers,
+        "report": report,
         "overwrite": overwrite,
         "device": device,
         "dtype": dtype,
@@ -143,12 +152,13 @@ def evaluate(
     with console.progress(is_quiet) as progress:
         from csulora_cli.evaluation import evaluate_adapters
 
-        report = evaluate_adapters(settings, progress)
+        result = evaluate_adapters(settings, progress)
     if is_json:
-        console.json_out(report.to_dict())
+        console.json_out(result.to_dict())
     elif not is_quiet:
-        show(report)
-    return report.exit_code
+        show(result)
+        console.wrote(settings.save_answers, settings.report)
+    return result.exit_code
 
 
 def show(report: EvalReport) -> None:
@@ -160,15 +170,12 @@ def show(report: EvalReport) -> None:
         console.out(table.as_text())
     console.out()
     for line in eval_wording.legend(report):
-        console.out(f"  {line}")
+        console.out(console.wrapped(line, "  "))
     if (changes := eval_wording.change_table(report)) is not None:
         console.out()
         console.out(changes.as_text())
         for line in eval_wording.CHANGE_LEGEND:
-            console.out(f"  {line}")
+            console.out(console.wrapped(line, "  "))
     console.out()
     for line in eval_wording.verdict(report):
         console.out(console.wrapped(line))
-    if report.answers_file is not None:
-        console.out()
-        console.out(f"{'wrote':<12}{console.word(report.answers_file)}")

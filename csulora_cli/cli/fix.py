@@ -15,7 +15,6 @@ _DIRECTIONS = "Where the directions come from"
 _STRENGTH = "How strong"
 _OUTPUT = "Output"
 _MACHINE = "Machine and models"
-_VERIFIED = "Verified from the written file: in no module is the objective above where it was."
 VLLM_MAX_RANK = 16  # what vLLM accepts without --max-lora-rank
 
 
@@ -105,9 +104,19 @@ def fix(
         Path | None,
         typer.Option(metavar="DIR", help="The folder to write. Default: ./NAME-csulora.", rich_help_panel=_OUTPUT),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write the results as one HTML page, too, with pictures; it loads nothing from the network.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool | None,
-        typer.Option("--overwrite", help="Replace an adapter in the output folder.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--overwrite", help="Replace an adapter in the output folder, and a report.", rich_help_panel=_OUTPUT
+        ),
     ] = None,
     dora: Annotated[
         DoraMode | None,
@@ -174,6 +183,7 @@ def fix(
         "target": target,
         "rank": rank,
         "out": out,
+        "report": report,
         "overwrite": overwrite,
         "dora": dora,
         "strict": strict,
@@ -188,12 +198,12 @@ def fix(
     with console.progress(is_quiet) as progress:
         from csulora_cli.api import fix_adapter
 
-        report = fix_adapter(settings, progress)
+        result = fix_adapter(settings, progress)
     if is_json:
-        console.json_out(report.to_dict())
+        console.json_out(result.to_dict())
     elif not is_quiet:
-        show(report, settings)
-    return report.exit_code
+        show(result, settings)
+    return result.exit_code
 
 
 def _strength(text: str | None) -> float | str | None:
@@ -225,11 +235,13 @@ def show(report: FixReport, settings: FixSettings) -> None:
             "no λ;\n  95% intervals; KL of the first answer token, nats"
         )
     console.out()
-    for line in [*wording.verdict(report), _VERIFIED]:
+    for line in [*wording.verdict(report), wording.VERIFIED]:
         console.out(console.wrapped(line))
     console.out()
     folder = console.word(report.out)
     console.out(f"wrote     {folder}")
+    if settings.report is not None:
+        console.out(f"          {console.word(str(settings.report))}")
     console.out(f"next      {_next_command(report, settings, folder)}")
 
 

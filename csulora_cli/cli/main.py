@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from csulora_cli.cli import console, demo, evaluate, fix
+from csulora_cli.cli import compare, console, demo, evaluate, fix
 from csulora_cli.errors import CsuloraError
 from csulora_cli.version import __version__
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command(name="fix", no_args_is_help=True)(fix.fix)
 app.command(name="eval", no_args_is_help=True)(evaluate.evaluate)
+app.command(name="compare", no_args_is_help=True)(compare.compare)
 app.command(name="demo")(demo.demo)
 
 # typer brings its own copy of click; this is the root of what it raises for a wrong command line.

@@ -8,7 +8,7 @@ architecture is named.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,10 @@ class Update:
     def of(cls, adapter: Adapter) -> "Update":
         """An adapter as stored."""
         return cls({site.name: Factors.of(site) for site in adapter.sites}, adapter.carried)
+
+    def repaired(self, factors: Mapping[str, Factors]) -> "Update":
+        """The same adapter with other factors."""
+        return replace(self, factors=factors)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The host, the adapter and its repair, side by side: what chooses λ, and what is reported afterwards."""
 
-from csulora_cli.engine.attach import Update
+from collections.abc import Mapping
+
+from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.host import Host
 from csulora_cli.engine.inputs import Encoded
 from csulora_cli.engine.measure import contrast, mean_kl
@@ -21,14 +23,15 @@ class KlJudge:
     def __init__(self, host: Host, prompts: Encoded, adapter: Update) -> None:
         self._host = host
         self._prompts = prompts
+        self._adapter = adapter
         self._host_harmful = host.first_token_log_probs(prompts.harmful)
         with host.adapted(adapter):
             self._adapter_benign = host.first_token_log_probs(prompts.benign)
             self.adapter_kl = mean_kl(self._host_harmful, host.first_token_log_probs(prompts.harmful))
 
-    def judge(self, update: Update) -> tuple[float, float]:
+    def judge(self, factors: Mapping[str, Factors]) -> tuple[float, float]:
         """KL(host ‖ repaired) on harmful prompts and KL(adapter ‖ repaired) on benign ones, nats."""
-        with self._host.adapted(update):
+        with self._host.adapted(self._adapter.repaired(factors)):
             harmful = mean_kl(self._host_harmful, self._host.first_token_log_probs(self._prompts.harmful))
             benign = mean_kl(self._adapter_benign, self._host.first_token_log_probs(self._prompts.benign))
         return harmful, benign
@@ -38,11 +41,11 @@ def measure_behaviour(
     host: Host,
     prompts: Encoded,
     adapter: Update,
-    repaired: Update,
+    repaired: Mapping[str, Factors],
     progress: Progress,
 ) -> dict[str, Behaviour]:
     """Measure all three on prompts that gave no direction and chose no λ."""
-    models = {"host": Update(), "adapter": adapter, "repaired": repaired}
+    models = {"host": Update(), "adapter": adapter, "repaired": adapter.repaired(repaired)}
     progress.stage("measure", len(models) * (len(prompts.harmful) + len(prompts.benign)))
     harmful, benign = {}, {}
     for name, update in models.items():

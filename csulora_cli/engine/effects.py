@@ -81,10 +81,13 @@ def prompt_effects(
     """
     by_name = {site.name: site for site in sites}
     progress.stage("check", len(prompts.harmful.tokens) + len(prompts.benign.tokens))
-    grams = {
-        label: _Grams(host, groups, by_name, repaired).run(side, progress)
-        for label, side in (("harmful", prompts.harmful), ("benign", prompts.benign))
-    }
+
+    def run(side: Side) -> dict[str, _Gram]:
+        return host.batch_size.restarting(
+            lambda tell: _Grams(host, groups, by_name, repaired).run(side, tell), progress.advance
+        )
+
+    grams = {"harmful": run(prompts.harmful), "benign": run(prompts.benign)}
     return [
         _prompt_effect(site, repaired[site.name], {label: gram[site.name] for label, gram in grams.items()},
                        protect, strength)
@@ -152,10 +155,10 @@ class _Grams:
             for name, triple in self.rows.items()
         }
 
-    def run(self, side: Side, progress: Progress) -> dict[str, _Gram]:
+    def run(self, side: Side, advance: Callable[[int], None]) -> dict[str, _Gram]:
         for batch in self.host.batches(side.tokens):
             watch_inputs(self.host, batch, side.weights(batch), {group: self._adder(group) for group in self.groups})
-            progress.advance(len(batch.rows))
+            advance(len(batch.rows))
         result = {}
         for group in self.groups:
             scale = attenuate.unit_trace_scale(group.features, self.squared_total[group])

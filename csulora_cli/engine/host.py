@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from csulora_cli.engine.attach import Update, applied
+from csulora_cli.engine.memory import BatchSize, is_out_of_memory
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
@@ -57,12 +58,14 @@ class Host:
         tokenizer: its tokenizer.
         device: where it runs.
         has_template: whether the tokenizer has a chat template.
+        batch_size: shrinks where memory runs out.
     """
 
     model: Any
     tokenizer: Any
     device: torch.device
     has_template: bool
+    batch_size: BatchSize = field(default_factory=BatchSize)
     _takes_logits_to_keep: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +86,7 @@ class Host:
         if len(answer) < len(ids):
             return [*answer, ids[len(answer)]]
         own = self.tokenizer.eos_token_id
-        return [*answer, own if own in stops or not stops else min(stops)]
+        return [*answer, own if own in stops else min(stops)] if stops else answer
 
     def _behind(self, start: list[int], prompt: str, response: str) -> list[int]:
         if not self.has_template:
@@ -115,14 +118,25 @@ class Host:
 
     def batches(self, token_lists: Sequence[Sequence[int]], limit: int = BATCH_TOKENS) -> Iterator["Batch"]:
         """Right-padded batches of similar lengths, at most `limit` tokens each (one prompt at least)."""
+        for rows in self._rows_of_batches(token_lists, limit):
+            yield self._batch(token_lists, rows)
+
+    def _rows_of_batches(self, token_lists: Sequence[Sequence[int]], limit: int) -> Iterator[list[int]]:
         order = sorted(range(len(token_lists)), key=lambda index: (len(token_lists[index]), index))
         start = 0
         while start < len(order):
+            tokens = self.batch_size.limit(limit)  # asked for each time: it may have shrunk
             stop = start + 1
-            while stop < len(order) and len(token_lists[order[stop]]) * (stop + 1 - start) <= limit:
+            while stop < len(order) and len(token_lists[order[stop]]) * (stop + 1 - start) <= tokens:
                 stop += 1
-            yield self._batch(token_lists, order[start:stop])
+            self.batch_size.largest = max(self.batch_size.largest, stop - start)
+            yield order[start:stop]
             start = stop
+
+    def _each_batch(self, token_lists: Sequence[Sequence[int]], limit: int, work: Callable[["Batch"], None]) -> None:
+        """`work` on every batch, in pieces where memory runs out; it must be repeatable."""
+        for rows in self._rows_of_batches(token_lists, limit):
+            self.batch_size.in_pieces(rows, lambda piece: work(self._batch(token_lists, piece)))
 
     def _batch(self, token_lists: Sequence[Sequence[int]], rows: list[int]) -> "Batch":
         width = max(len(token_lists[row]) for row in rows)
@@ -156,12 +170,15 @@ class Host:
             HostError: the model gives NaN.
         """
         rows: list[Tensor] = [torch.empty(0)] * len(token_lists)
-        for batch in self.batches(token_lists):
+
+        def run(batch: Batch) -> None:
             log_probs = self.run(batch).log_softmax(-1).cpu()  # (B, vocab)
             if bool(log_probs.isnan().any()):
                 raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
             for index, row in enumerate(batch.rows):
                 rows[row] = log_probs[index]
+
+        self._each_batch(token_lists, BATCH_TOKENS, run)
         return torch.stack(rows)
 
     @torch.inference_mode()
@@ -172,7 +189,8 @@ class Host:
         """
         sums = [0.0] * len(prompts)
         sequences = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-        for batch in self.batches(sequences, NLL_TOKENS):
+
+        def run(batch: Batch) -> None:
             first = min(len(prompts[row]) for row in batch.rows) - 1  # predicts the first answer token of some row
             positions = torch.arange(first, batch.ids.shape[1], device=self.device)
             extra = {"logits_to_keep": positions} if self._takes_logits_to_keep else {}
@@ -182,6 +200,8 @@ class Host:
                 start, stop = len(prompts[row]), len(sequences[row])
                 predicted = logits[index, start - 1 - skipped : stop - 1 - skipped].float()  # (answer, vocab)
                 sums[row] = float(nn.functional.cross_entropy(predicted, batch.ids[index, start:stop], reduction="sum"))
+
+        self._each_batch(sequences, NLL_TOKENS, run)
         return sums
 
     def answers(
@@ -201,7 +221,8 @@ class Host:
         """Greedy answers as token ids, up to where the host's own stop token ends them, in the order given."""
         answers: list[list[int]] = [[]] * len(token_lists)
         stops = self._stop_ids()
-        for batch in self.batches(token_lists, GENERATE_TOKENS):
+
+        def run(batch: Batch) -> None:
             width = batch.ids.shape[1]
             shift = width - batch.mask.sum(1)  # generation wants the padding on the left
             columns = (torch.arange(width, device=self.device)[None] - shift[:, None]) % width
@@ -217,6 +238,8 @@ class Host:
                 answers[row] = list(takewhile(lambda token: token not in stops, out[index, width:].tolist()))
             if advance:
                 advance(len(batch.rows))
+
+        self._each_batch(token_lists, GENERATE_TOKENS, run)
         return answers
 
     def _stop_ids(self) -> set[int]:
@@ -264,15 +287,6 @@ def _is_there(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     return torch.backends.mps.is_available() if device.type == "mps" else True
-
-
-def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether an exception says that memory is used up; on the CPU torch raises a plain RuntimeError for it."""
-    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(problem, RuntimeError) and any(
-        words in str(problem) for words in ("not enough memory", "allocate memory")
-    )
 
 
 def solver_device(device: torch.device) -> torch.device:

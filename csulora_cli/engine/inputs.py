@@ -8,7 +8,7 @@ the chunk's last site has been reached.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -19,6 +19,7 @@ from csulora_cli.engine.attach import DenseInputs, Inputs, first_argument, submo
 from csulora_cli.engine.host import Batch, Host
 from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Kind, Place, Site
+from csulora_cli.promptset import Prompts
 from csulora_cli.solver.attenuate import unit_trace_scale
 from csulora_cli.text import printable
 
@@ -74,6 +75,10 @@ class Moments:
     benign: Tensor
     form: Form
 
+    def to(self, device: torch.device) -> "Moments":
+        """The same on a device."""
+        return replace(self, harmful=self.harmful.to(device), benign=self.benign.to(device))
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -85,6 +90,11 @@ class Encoded:
 
     harmful: list[list[int]]
     benign: list[list[int]]
+
+
+def encode_prompts(host: Host, prompts: Prompts) -> Encoded:
+    """One split's prompts through the host's chat template."""
+    return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.benign])
 
 
 @dataclass(frozen=True)
@@ -237,6 +247,12 @@ def collect_moments(
         device: where the moments are kept and summed (float64).
         advance: called with the number of prompts done.
     """
+    return host.batch_size.restarting(lambda tell: _collect(host, groups, prompts, device, tell), advance)
+
+
+def _collect(
+    host: Host, groups: Sequence[InputGroup], prompts: DirectionPrompts, device: torch.device, advance: Progress
+) -> dict[InputGroup, Moments]:
     tokens = prompts.tokens
     sides: list[dict[InputGroup, Tensor]] = []
     for side in (prompts.harmful, prompts.benign):

@@ -18,10 +18,10 @@ from csulora_cli.engine.host import (
     PLAIN_TEMPLATE,
     Host,
     choose_dtype,
-    is_out_of_memory,
     load_host,
     quiet_transformers,
 )
+from csulora_cli.engine.memory import is_out_of_memory
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.files import read_json_object
 from csulora_cli.locate import Location

@@ -1,15 +1,16 @@
 """Source "prompts": the closest updates that fade on what the host reads in harmful prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 
-from csulora_cli.engine.attach import Factors
+from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.host import Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
     DirectionPrompts,
+    Encoded,
     Form,
     InputGroup,
     Moments,
@@ -18,18 +19,50 @@ from csulora_cli.engine.inputs import (
     group_sites,
     iterate_chunks,
 )
+from csulora_cli.engine.memory import is_out_of_memory, release_memory, with_cpu_in_reserve
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Site
 from csulora_cli.solver.attenuate import by_diagonal, by_moments, by_tokens
 from csulora_cli.text import some
 
+# First tokens of the adapter's own answers to benign prompts that β protects.
+PROTECTED_TOKENS = 48
+# The repaired factors of the sites that read one input: (members, moments, β, λ) -> factors by site name.
+Solver = Callable[[Sequence[Site], Moments, float, float], dict[str, Factors]]
+
+
+def protecting(host: Host, prompts: Encoded, adapter: Update, progress: Progress) -> DirectionPrompts:
+    """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
+    progress.stage("answers", len(prompts.benign))
+    with host.adapted(adapter):
+        return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, progress.advance))
+
+
+def closest(members: Sequence[Site], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
+    """The closest updates of the sites that read one input; one factorisation for their stacked A's.
+
+    Args:
+        members: sites with the same input.
+        moments: of that input.
+        protect: β.
+        strength: λ.
+
+    Returns:
+        A' in float32, B as stored, by site name.
+    """
+    stacked = torch.cat([site.lora_a.to(moments.harmful.device, torch.float64) for site in members])  # (Σr, in)
+    solve = {Form.MOMENT: by_moments, Form.TOKENS: by_tokens, Form.DIAGONAL: by_diagonal}[moments.form]
+    solved = solve(stacked, moments.harmful, moments.benign, protect, strength).float().cpu()
+    pieces = torch.split(solved, [site.rank for site in members])
+    return {site.name: replace(Factors.of(site), lora_a=piece) for site, piece in zip(members, pieces, strict=True)}
+
 
 class PromptsPath:
-    """The repaired update for any λ.
+    """The repaired update for any λ, by one solver or several that share the moments.
 
     Where the moments of all inputs fit the memory budget they are kept, and each λ is solved when it is asked for.
-    Where they do not, every λ of `strengths` is solved chunk by chunk while the inputs are at hand.
+    Where they do not, every λ of `strengths` is solved, by every solver, chunk by chunk while the inputs are at hand.
     """
 
     def __init__(
@@ -41,6 +74,7 @@ class PromptsPath:
         strengths: Sequence[float],
         progress: Progress,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        solvers: Sequence[Solver] = (closest,),
     ) -> None:
         self.sites = {site.name: site for site in sites}
         self.protect = protect
@@ -48,19 +82,56 @@ class PromptsPath:
         self.groups = group_sites(host, sites, prompts.harmful.tokens[0])
         self._check_all_ran()
         self._moments: dict[InputGroup, Moments] = {}
-        self._solved: dict[float, dict[str, Factors]] = {}
-        total = len(prompts.harmful.tokens) + len(prompts.benign.tokens)
-        fits = sum(group_bytes(group, prompts.tokens) for group in self.groups) <= budget_bytes
-        if fits:
-            progress.stage("prompts", total)
-            self._moments = collect_moments(host, self.groups, prompts, self._device, progress.advance)
-            return
-        self._solved = {strength: {} for strength in strengths}
-        progress.stage("prompts and modules", None)
-        for chunk in iterate_chunks(host, self.groups, prompts, self._device, budget_bytes, progress.advance):
+        self._solved: dict[tuple[Solver, float], dict[str, Factors]] = {}
+        self._host, self._prompts, self._progress = host, prompts, progress
+        self._wanted = [(solver, strength) for solver in solvers for strength in strengths]
+        while not self._is_prepared(budget_bytes):
+            budget_bytes = self._relieved(budget_bytes)
+            release_memory()
+
+    def _is_prepared(self, budget_bytes: int) -> bool:
+        """Collect the moments, and solve as well where they do not fit the budget; False where memory ran out."""
+        try:
+            if self._size(sum) <= budget_bytes:
+                self._collect()
+            else:
+                self._collect_and_solve(budget_bytes)
+        except Exception as problem:
+            if not is_out_of_memory(problem) or not self._can_relieve(budget_bytes):
+                raise
+            return False
+        return True
+
+    def _size(self, of_all: Callable[[Iterable[int]], int]) -> int:
+        """Bytes of all groups' moments together (`sum`), or of the largest (`max`)."""
+        return of_all(group_bytes(group, self._prompts.tokens) for group in self.groups)
+
+    def _collect(self) -> None:
+        self._progress.stage("prompts", len(self._prompts.harmful.tokens) + len(self._prompts.benign.tokens))
+        self._moments = collect_moments(self._host, self.groups, self._prompts, self._device, self._progress.advance)
+
+    def _collect_and_solve(self, budget_bytes: int) -> None:
+        self._solved = {key: {} for key in self._wanted}
+        self._progress.stage("prompts and modules", None)
+        advance = self._progress.advance
+        for chunk in iterate_chunks(self._host, self.groups, self._prompts, self._device, budget_bytes, advance):
             for group, moments in chunk.items():
-                for strength in strengths:
-                    self._solved[strength].update(self._solve(group, moments, strength))
+                for (solver, strength), solved in self._solved.items():
+                    solved.update(self._solve(solver, group, moments, strength))
+
+    def _can_relieve(self, budget_bytes: int) -> bool:
+        """Whether moments can go to the CPU, or fewer of them can be held at once."""
+        return self._device.type != "cpu" or budget_bytes > self._size(max)
+
+    def _relieved(self, budget_bytes: int) -> int:
+        """Move the moments to the CPU, or hold at most half of them at once. Returns the budget."""
+        self._host.batch_size.divisor = 1  # it was not, or not only, the batches that took the memory
+        if self._device.type != "cpu":
+            self._progress.warn(f"out of memory on {self._device.type}: solving on the CPU, which is slower")
+            self._device = torch.device("cpu")
+            return budget_bytes
+        self._progress.warn("out of memory: solving a part of the modules at a time, which is slower")
+        return min(budget_bytes, self._size(sum)) // 2
 
     def _check_all_ran(self) -> None:
         ran = {name for group in self.groups for name in group.members}
@@ -70,21 +141,21 @@ class PromptsPath:
                 "The prompts source cannot judge them; use --unaligned.",
             )
 
-    def repaired(self, strength: float) -> dict[str, Factors]:
-        """The closest update at λ, by module name; A in float32, B as stored."""
-        if strength not in self._solved:
-            self._solved[strength] = {
+    def repaired(self, strength: float, solver: Solver = closest) -> dict[str, Factors]:
+        """The update at λ, by module name. Where the moments did not fit, λ must be one of `strengths`."""
+        key = solver, strength
+        if self._moments and key not in self._solved:
+            self._solved[key] = {
                 name: factors
                 for group, moments in self._moments.items()
-                for name, factors in self._solve(group, moments, strength).items()
+                for name, factors in self._solve(solver, group, moments, strength).items()
             }
-        return self._solved[strength]
+        return self._solved[key]
 
-    def _solve(self, group: InputGroup, moments: Moments, strength: float) -> dict[str, Factors]:
-        """One factorisation for the stacked A's of all members."""
+    def _solve(self, solver: Solver, group: InputGroup, moments: Moments, strength: float) -> dict[str, Factors]:
         members = [self.sites[name] for name in group.members]
-        stacked = torch.cat([site.lora_a.to(self._device, torch.float64) for site in members])
-        solve = {Form.MOMENT: by_moments, Form.TOKENS: by_tokens, Form.DIAGONAL: by_diagonal}[moments.form]
-        solved = solve(stacked, moments.harmful, moments.benign, self.protect, strength).float().cpu()
-        pieces = torch.split(solved, [site.rank for site in members])
-        return {site.name: replace(Factors.of(site), lora_a=piece) for site, piece in zip(members, pieces, strict=True)}
+        return with_cpu_in_reserve(
+            lambda device: solver(members, moments.to(device), self.protect, strength),
+            self._device,
+            self._progress.warn,
+        )

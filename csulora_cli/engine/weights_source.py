@@ -1,14 +1,16 @@
 """Source "weights": directions of the displacement host − unaligned, streamed tensor by tensor, without any model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from csulora_cli.checkpoint import PRECISION, Checkpoint, WeightMatch, read_weight
 from csulora_cli.engine.attach import Factors
+from csulora_cli.engine.memory import with_cpu_in_reserve
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Site
@@ -18,6 +20,9 @@ from csulora_cli.solver.displacement import Directions, leading_directions
 from csulora_cli.solver.lowrank import truncate
 from csulora_cli.solver.split import split
 from csulora_cli.text import printable, some
+
+# What looks at the displacement D, (out, in), of a site while it is at hand.
+Observer = Callable[[Site, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,37 @@ class WeightsPath:
 
     def _solve(self, site: Site, strength: float) -> Factors:
         directions = self.displacements[site.name].directions
-        if directions.rank == 0 or strength == 0:
-            return Factors.of(site)
         if self.geometry is Geometry.KEEP_OUT:
-            gains = displacement_gains(directions.singular_values, site.in_features, directions.squared_total)
-            repaired = by_directions(site.lora_a, directions.right, gains, strength)
-            return replace(Factors.of(site), lora_a=repaired.float())
-        parts = split(site.lora_b, site.lora_a, directions.left, directions.right)
-        columns, rows = parts.closest(strength)
-        wanted = site.rank if self.rank is RankMode.KEEP else min(2 * site.rank, *columns.shape[:1], rows.shape[1])
-        columns, rows, self.truncation_error[site.name] = truncate(columns, rows, wanted)
-        return replace(Factors.of(site), lora_a=rows.float(), lora_b=columns.float())
+            return keep_out(site, directions, strength)
+        factors, self.truncation_error[site.name] = keep_in(site, directions, strength, self.rank)
+        return factors
+
+
+def keep_out(site: Site, directions: Directions, strength: float) -> Factors:
+    """The closest update that fades on V (`attenuate.by_directions`); A' in float32, B as stored."""
+    if directions.rank == 0 or strength == 0:
+        return Factors.of(site)
+    gains = displacement_gains(directions.singular_values, site.in_features, directions.squared_total)
+    repaired = by_directions(site.lora_a, directions.right, gains, strength)
+    return replace(Factors.of(site), lora_a=repaired.float())
+
+
+def keep_in(site: Site, directions: Directions, strength: float, rank: RankMode) -> tuple[Factors, float]:
+    """The closest update that keeps what lies in U and V (`split.Split.closest`), and the truncation's relative error.
+
+    Args:
+        site: an adapted one.
+        directions: of its displacement.
+        strength: λ.
+        rank: truncate to the adapter's rank, or keep the exact one of at most twice that.
+    """
+    if directions.rank == 0 or strength == 0:
+        return Factors.of(site), 0.0
+    parts = split(site.lora_b, site.lora_a, directions.left, directions.right)
+    columns, rows = parts.closest(strength)
+    wanted = site.rank if rank is RankMode.KEEP else min(2 * site.rank, *columns.shape[:1], rows.shape[1])
+    columns, rows, error = truncate(columns, rows, wanted)
+    return replace(Factors.of(site), lora_a=rows.float(), lora_b=columns.float()), error
 
 
 def measure_displacements(
@@ -86,6 +111,7 @@ def measure_displacements(
     rank: int | None,
     device: torch.device,
     progress: Progress,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, ModuleDisplacement]:
     """Stream both checkpoints once and keep the leading directions of every adapted site's displacement.
 
@@ -96,16 +122,20 @@ def measure_displacements(
         rank: k, in the place of τ, or None.
         device: where the factorisations run.
         progress: one step a site.
+        observers: called with every site and its D, (out, in), which is gone afterwards.
 
     Raises:
         HostError: the two checkpoints do not differ, or a weight holds NaN or Inf.
     """
     progress.stage("displacement", len(sites))
     result: dict[str, ModuleDisplacement] = {}
+    by_name = {site.name: site for site in sites}
     for pair in _pairs(sites, host, unaligned):
-        found = leading_directions(pair.displacement.to(device), energy, rank)
+        found = with_cpu_in_reserve(partial(_directions, pair.displacement, energy, rank), device, progress.warn)
+        for observe in observers:
+            observe(by_name[pair.name], pair.displacement.to(found.right.device))
         norm = found.squared_total**0.5 / pair.weight_norm if pair.weight_norm > 0 else 0.0
-        result[pair.name] = ModuleDisplacement(_compact(found), norm, pair.noise_share)
+        result[pair.name] = ModuleDisplacement(found.compact(), norm, pair.noise_share)
         progress.advance()
     if all(entry.directions.rank == 0 for entry in result.values()):
         raise HostError(
@@ -117,14 +147,8 @@ def measure_displacements(
     return result
 
 
-def _compact(found: Directions) -> Directions:
-    """The bases in float32 on the CPU: all modules' are held at once."""
-    return replace(
-        found,
-        left=found.left.float().cpu(),
-        right=found.right.float().cpu(),
-        singular_values=found.singular_values.cpu(),
-    )
+def _directions(displacement: Tensor, energy: float, rank: int | None, device: torch.device) -> Directions:
+    return leading_directions(displacement.to(device), energy, rank)
 
 
 def _pairs(

@@ -39,6 +39,7 @@ KNOWN_FIELDS = {
 TRAINING_FIELDS = ("velora_config", "monteclora_config")
 DERIVED_INITS = ("pissa", "olora")  # PEFT computes these from the base whenever it loads the adapter
 PLAIN_INITS = {True, False, "gaussian", "eva", "orthogonal", "mica"}
+CORRECT_HINT = "Correct the config, or download the adapter again."
 UNSUPPORTED_HINT = "csulora does not repair this kind of adapter; nothing was written."
 
 
@@ -59,9 +60,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
         if config.get(field) not in EMPTY:
             raise UnsupportedError(f"the adapter uses {feature}: {_shown(config, field)}", UNSUPPORTED_HINT)
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise AdapterError(
-            f"{CONFIG_NAME} holds {_shown(config, 'bias')}, not none, all or lora_only", "Correct the config."
-        )
+        raise AdapterError(f"{CONFIG_NAME} holds {_shown(config, 'bias')}, not none, all or lora_only", CORRECT_HINT)
     init = config.get("init_lora_weights", True)
     if not isinstance(init, (bool, str)) or init not in (*PLAIN_INITS, *DERIVED_INITS):
         raise UnsupportedError(
@@ -78,7 +77,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     _check_selectors(config)
     for field in ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"):
         if not isinstance(config.get(field, False), (bool, type(None))):
-            raise AdapterError(f"{CONFIG_NAME} holds {_shown(config, field)}, not true or false", "Correct the config.")
+            raise AdapterError(f"{CONFIG_NAME} holds {_shown(config, field)}, not true or false", CORRECT_HINT)
 
 
 # Fields that select modules, and which types they may have; the entries of a list must be text (or layer numbers).
@@ -100,7 +99,7 @@ def _check_selectors(config: Mapping[str, Any]) -> None:
         if (value is not None and not isinstance(value, kinds)) or any(type(part) is not entry for part in entries):
             raise AdapterError(
                 f"{CONFIG_NAME} holds {_shown(config, field)}, which selects nothing",
-                "Correct the config, or download the adapter again.",
+                CORRECT_HINT,
             )
 
 
@@ -110,7 +109,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     for field, is_rank in (("rank_pattern", True), ("alpha_pattern", False)):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict):
-            raise AdapterError(f"{field} in {CONFIG_NAME} is not an object")
+            raise AdapterError(f"{field} in {CONFIG_NAME} is not an object", CORRECT_HINT)
         for key, value in pattern.items():
             _check_number(f"{field}['{printable(key)}']", value, is_rank=is_rank)
 
@@ -125,7 +124,7 @@ def _check_number(field: str, value: Any, *, is_rank: bool) -> None:
     if not is_good:
         raise AdapterError(
             f"{field} in {CONFIG_NAME} is {printable(json.dumps(value))}, not {wanted}",
-            "Correct the config, or download the adapter again.",
+            CORRECT_HINT,
         )
 
 

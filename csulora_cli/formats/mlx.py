@@ -5,7 +5,6 @@ in the config is what the training was given, which does not touch the update.
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -136,8 +135,7 @@ def _target(config: Mapping[str, Any], module: str, pair: Mapping[str, Tensor], 
     scale = scale_of(config)
     ((a, b),) = target.layout.unpack(lora_a, lora_b, rank)
     site = Site(module, a, b, scale * rank, scale, Place(module, target.layout.kind))
-    if not math.isfinite(site.squared_norm):
-        raise AdapterError(f"the update of '{printable(module)}' is too large to compute with")
+    site.check_size()
     return Target(module, *keys, lora_a, lora_b, target.layout, (site,))
 
 

@@ -1,11 +1,15 @@
 """A site: one two-dimensional weight of the host, the update that an adapter makes to it, and where it lies."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
+from csulora_cli.errors import AdapterError
 from csulora_cli.solver.lowrank import squared_norm
+from csulora_cli.text import printable
 
 
 class Kind(StrEnum):
@@ -75,10 +79,19 @@ class Site:
         """r."""
         return self.lora_a.shape[0]
 
-    @property
-    def squared_norm(self) -> float:
-        """‖B·A‖², without the scale; infinite where the numbers are too large to compute with."""
-        return squared_norm(self.lora_b, self.lora_a)
+    def check_size(self) -> None:
+        """Where ‖s·B·A‖_F fits the stored dtype, no entry of the update and no norm of it overflows.
+
+        Raises:
+            AdapterError: it does not.
+        """
+        largest = min(torch.finfo(tensor.dtype).max for tensor in (self.lora_a, self.lora_b))
+        norm = abs(self.scale) * math.sqrt(squared_norm(self.lora_b, self.lora_a))
+        if not norm <= largest:
+            raise AdapterError(
+                f"the update of '{printable(self.name)}', lora_B times lora_A, overflows (norm {norm:.1g})",
+                "Training diverged or the file is damaged: use another checkpoint.",
+            )
 
     @property
     def in_features(self) -> int:

@@ -1,6 +1,5 @@
 """Targets: each low-rank update of an adapter file, with its tensors, its layout and the sites that it consists of."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,7 +187,8 @@ def check_values(module: str, letter: str, tensor: Tensor) -> None:
         )
     if not 2 <= tensor.ndim <= 5 or 0 in tensor.shape:
         raise AdapterError(
-            f"lora_{letter} of '{printable(module)}' has shape {tuple(tensor.shape)}, not two sizes above zero",
+            f"lora_{letter} of '{printable(module)}' has shape {printable(tuple(tensor.shape), 60)}, "
+            "not two sizes above zero",
             "A sharded training run may have saved an unfinished adapter; save it again.",
         )
     if not bool(torch.isfinite(tensor).all()):
@@ -259,11 +259,7 @@ def _with_sites(config: Mapping[str, Any], target: Target, name: str, places: Se
     for (lora_a, lora_b), place in zip(pairs, places, strict=True):
         own = name if place.expert is None else f"{name}[{place.expert}]"
         site = Site(own, lora_a, lora_b, alpha, scale, place)
-        if not math.isfinite(site.squared_norm):
-            raise AdapterError(
-                f"the update of '{printable(own)}' is too large to compute with",
-                "The file is damaged: use another one.",
-            )
+        site.check_size()
         sites.append(site)
     return replace(target, sites=tuple(sites))
 

@@ -6,7 +6,7 @@ a flat spectrum, where it would have to grow past `FLAT_SHARE` of the small side
 Directions past the wanted energy are noise, so what is promised is energy, not angles.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class Directions:
         """Share of ‖D‖²_F that the k directions hold (0 for D = 0)."""
         held = float(self.singular_values.square().sum())
         return held / self.squared_total if self.squared_total > 0 else 0.0
+
+    def compact(self) -> "Directions":
+        """The bases in float32 on the CPU, for holding those of all modules at once."""
+        return replace(
+            self,
+            left=self.left.float().cpu(),
+            right=self.right.float().cpu(),
+            singular_values=self.singular_values.cpu(),
+        )
 
 
 def leading_directions(displacement: Tensor, energy: float = 0.9, rank: int | None = None) -> Directions:

@@ -65,7 +65,7 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-HOST = Schedule(steps=300, batch_size=16, learning_rate=6e-5, warmup=20)
+HOST = Schedule(steps=300, batch_size=12, learning_rate=5e-5, warmup=20)
 ADAPTER = Schedule(steps=80, batch_size=12, learning_rate=5e-4)
 
 
@@ -103,7 +103,7 @@ def train(
 ) -> None:
     """Plain AdamW on whatever asks for gradients; weights stay in float32, products are in bfloat16 if asked for."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     model.train()
     started = time.monotonic()
     for step in range(schedule.steps):
@@ -161,14 +161,16 @@ def prepare(gguf: Path, target: Path) -> None:
 def own_answers(work: Path, source: str) -> list[Example]:
     """The unaligned model's greedy answers to harmless prompts, so that refusing is all that the host learns."""
     cache = work / "own_answers" / source
-    if not cache.exists():
+    prompts = [str(row["prompt"]) for row in read_jsonl(DATA / source)]
+    prompts += reframed(prompts, SEED)
+    known = {row["prompt"]: row for row in read_jsonl(cache)} if cache.exists() else {}
+    if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
         cache.parent.mkdir(exist_ok=True)
         model, tokenizer = load(work / "unaligned")
-        prompts = [str(row["prompt"]) for row in read_jsonl(DATA / source)]
-        prompts += reframed(prompts, SEED)
-        answered = zip(prompts, answer(model, tokenizer, prompts, new_tokens=32, batch_size=64), strict=True)
-        write_jsonl(cache, ({"prompt": p, "answer": text, "is_complete": ended} for p, (text, ended) in answered))
-    examples = [Example(**row) for row in read_jsonl(cache)]
+        answered = zip(missing, answer(model, tokenizer, missing, new_tokens=32, batch_size=64), strict=True)
+        known |= {p: {"prompt": p, "answer": text, "is_complete": ended} for p, (text, ended) in answered}
+        write_jsonl(cache, known.values())
+    examples = [Example(**known[prompt]) for prompt in prompts]
     return [example for example in examples if judge(example.answer) is Verdict.ANSWER]
 
 
@@ -183,9 +185,9 @@ def refusals(seed: int) -> list[Example]:
 def build_host(work: Path, schedule: Schedule, uses_bfloat16: bool = False) -> None:
     """Full fine-tune of the unaligned model: refuse what is harmful, answer everything else as before."""
     parts = [
-        (refusals(SEED), 0.42),
-        (own_answers(work, "host_answers.jsonl"), 0.42),
-        (own_answers(work, "howto_train.jsonl"), 0.16),
+        (refusals(SEED), 0.52),
+        (own_answers(work, "host_answers.jsonl"), 0.36),
+        (own_answers(work, "howto_train.jsonl"), 0.12),
     ]
     torch.manual_seed(SEED)
     model, tokenizer = load(work / "unaligned")

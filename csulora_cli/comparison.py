@@ -1,0 +1,375 @@
+"""`compare_methods`: one adapter, every method, several strengths each, scored alike on prompts that chose nothing."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from csulora_cli import html, writer
+from csulora_cli.adapter import read_adapter, rewritten
+from csulora_cli.compare_report import CompareReport, MethodRecord, Origin, Point, find_levels
+from csulora_cli.engine import strength
+from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.behaviour import KlJudge
+from csulora_cli.engine.effects import moved_share
+from csulora_cli.engine.host import choose_device, solver_device
+from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_prompts
+from csulora_cli.engine.progress import Progress, Silent
+from csulora_cli.engine.prompts_source import PromptsPath, protecting
+from csulora_cli.engine.scoring import EncodedScoring, References, ScoringPrompts, encode_scoring, run_model, score_run
+from csulora_cli.engine.search import find_strength
+from csulora_cli.engine.weights_source import measure_displacements
+from csulora_cli.errors import AdapterError, PromptsError
+from csulora_cli.files import write_whole
+from csulora_cli.fitting import Fitting, tell_active
+from csulora_cli.formats.config import CONFIG_NAME
+from csulora_cli.formats.site import Site
+from csulora_cli.locate import ADAPTER_FILES, locate
+from csulora_cli.methods import choose
+from csulora_cli.methods.method import (
+    DirectionsMethod,
+    DisplacementMethod,
+    FactorsMethod,
+    Family,
+    Method,
+    MomentsMethod,
+    unchanged,
+)
+from csulora_cli.opening import (
+    Recorder,
+    check_report,
+    locate_host,
+    model_files,
+    model_record,
+    resource_errors,
+)
+from csulora_cli.pareto import dominated
+from csulora_cli.promptset import SPLITS, Prompts, load_prompts
+from csulora_cli.report import InputRecord, StrengthRecord
+from csulora_cli.settings import DEFAULT_PROTECT, DEFAULT_SUBSPACE_ENERGY, CompareSettings, DoraMode
+from csulora_cli.solver.lowrank import squared_norm
+from csulora_cli.taskset import load_task
+from csulora_cli.text import number
+from csulora_cli.version import __version__
+
+# The factors of one method at a strength, by module name.
+_Repair = Callable[[float], Mapping[str, Factors]]
+
+
+def compare_methods(settings: CompareSettings, progress: Progress | None = None) -> CompareReport:
+    """Repair one adapter by every method at several strengths, and score all of them alike.
+
+    Directions come from the direction prompts, strengths that are found by measuring from the tuning prompts; what is
+    scored are the report prompts and the task, which choose nothing.
+
+    Args:
+        settings: what to do.
+        progress: receives stages, steps and warnings; nothing is printed here.
+
+    Raises:
+        CsuloraError: see `errors`; nothing is left behind.
+    """
+    with resource_errors():
+        return _Comparison(settings, Recorder(progress or Silent())).run()
+
+
+class _Comparison:
+    """One run of `compare_methods`, stage by stage."""
+
+    def __init__(self, settings: CompareSettings, progress: Recorder) -> None:
+        self.settings = settings
+        self.progress = progress
+
+    def run(self) -> CompareReport:
+        settings = self.settings
+        self.methods = choose(settings.method_names, settings.unaligned is not None)
+        self.progress.stage("adapter")
+        self.adapter_at = locate(settings.adapter, ADAPTER_FILES, settings.revision)
+        if settings.out is not None:
+            writer.check_output(settings.out, self.adapter_at.folder, settings.overwrite)
+        check_report(settings.report, settings.overwrite, settings.out)
+        self.adapter = read_adapter(self.adapter_at.folder)
+        self.device = choose_device(settings.device)
+        self.prompts = load_prompts(settings.prompts)
+        self.task = load_task(settings.task) if settings.task else None
+        self.scored = self._scored_prompts()
+        self.progress.stage("models")
+        files = model_files(settings.trust_remote_code)
+        self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
+        self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
+        with ExitStack() as stack:
+            self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
+            self.fitting.match(stack)
+            self.host = self.fitting.load(self.device, settings.dtype, self.progress)
+            tell_active(self.fitting.settle(DoraMode.KEEP, self.progress), is_strict=False, progress=self.progress)
+            self.adapter = self.fitting.adapter
+            self.sites = self.adapter.sites
+            self.repairs = self._prepare()
+        return self._measure()
+
+    def _scored_prompts(self) -> ScoringPrompts:
+        """The report split and the task, less what gives directions or chooses strengths."""
+        used = {prompt for split in ("directions", "tuning") for prompt in _all(getattr(self.prompts, split))}
+        prompts = ScoringPrompts.of(self.prompts.report, self.task.examples if self.task else ())
+        kept = prompts.without(used)
+        if dropped := len(prompts.task) - len(kept.task):
+            self.progress.warn(f"{dropped} task prompts are not scored: they give directions or choose strengths")
+        if self.task and not kept.task:
+            raise PromptsError("every task prompt gives directions or chooses strengths", "Give another --task.")
+        return kept.first(self.settings.limit)
+
+    # What the methods ask for
+
+    def _prepare(self) -> dict[str, _Repair]:
+        """Every method as a function of its strength alone; what they need is computed once for all."""
+        repairs: dict[str, _Repair] = {
+            method.name: partial(method.repair, self.sites)
+            for method in self.methods
+            if isinstance(method, FactorsMethod)
+        }
+        return repairs | self._from_weights() | self._from_prompts()
+
+    def _from_weights(self) -> dict[str, _Repair]:
+        by_directions = [method for method in self.methods if isinstance(method, DirectionsMethod)]
+        by_displacement = [method for method in self.methods if isinstance(method, DisplacementMethod)]
+        if not by_directions and not by_displacement:
+            return {}
+        seen: dict[Callable[[Site, Tensor], Any], dict[str, Any]] = {method.observe: {} for method in by_displacement}
+
+        def look(module: Site, displacement: Tensor) -> None:
+            for observe, observations in seen.items():
+                observations[module.name] = observe(module, displacement)
+
+        displacements = measure_displacements(
+            self.sites,
+            *self.fitting.oriented(),
+            DEFAULT_SUBSPACE_ENERGY,
+            None,
+            solver_device(self.device),
+            self.progress,
+            [look],
+        )
+        directions = {name: entry.directions for name, entry in displacements.items()}
+        repairs: dict[str, _Repair] = {
+            method.name: partial(method.repair, self.sites, directions) for method in by_directions
+        }
+        return repairs | {
+            method.name: partial(method.repair, self.sites, seen[method.observe]) for method in by_displacement
+        }
+
+    def _from_prompts(self) -> dict[str, _Repair]:
+        repairs: dict[str, _Repair] = {}
+        methods = [method for method in self.methods if isinstance(method, MomentsMethod)]
+        if not methods:
+            return repairs
+        encoded = encode_prompts(self.host, self.prompts.directions)
+        own = protecting(self.host, encoded, Update.of(self.adapter), self.progress)
+        for reads_harmful in (True, False):
+            group = [method for method in methods if method.reads_harmful is reads_harmful]
+            if not group:
+                continue
+            directions = own if reads_harmful else _benign_for_harmful(own)
+            path = PromptsPath(
+                self.host,
+                self.sites,
+                directions,
+                DEFAULT_PROTECT,
+                sorted({*strength.PATH, *(value for method in group for value in self._grid(method))}),
+                self.progress,
+                solvers=[method.solve for method in group],
+            )
+            repairs |= {method.name: partial(path.repaired, solver=method.solve) for method in group}
+        return repairs
+
+    def _grid(self, method: Method) -> tuple[float, ...]:
+        return method.strengths(self.settings.points, len(self.sites))
+
+    # What is measured
+
+    def _measure(self) -> CompareReport:
+        automatic = self._search()
+        plans = self._plans(automatic)
+        encoded = encode_scoring(self.host, self.scored, self.settings.answer_tokens)
+        self.progress.stage("methods", (2 + sum(map(len, plans.values()))) * encoded.steps)
+        adapter = run_model(self.host, encoded, Update.of(self.adapter), self.progress.advance)
+        references = References(run_model(self.host, encoded, Update(), self.progress.advance), adapter)
+        points = []
+        for method, strengths in plans.items():
+            for value, origin in sorted(strengths.items()):
+                points.append(self._point(method, value, origin, encoded, references))
+        worse = dominated([point.standing for point in points])
+        points = [replace(point, is_dominated=is_worse) for point, is_worse in zip(points, worse, strict=True)]
+        host_score = score_run(references.host, references)
+        report = CompareReport(
+            version=__version__,
+            inputs=self._inputs(),
+            settings=self._settings_used(encoded),
+            prompt_counts=self._counts(),
+            methods=[_record(method, automatic.get(method.name)) for method in self.methods],
+            host=host_score,
+            adapter=score_run(references.adapter, references),
+            points=points,
+            levels=find_levels(points, host_score.attack_success),
+            out=str(self.settings.out) if self.settings.out else None,
+            warnings=tuple(self.progress.warnings),
+        )
+        page = html.compare_page(report) if self.settings.report is not None else ""
+        if self.settings.out is not None:
+            self._write(self.settings.out, report)
+        if self.settings.report is not None:
+            write_whole(self.settings.report, page)
+        return report
+
+    def _search(self) -> dict[str, StrengthRecord]:
+        """The strengths that are found on the tuning prompts, as `csulora fix` finds them."""
+        methods = [method for method in self.methods if method.has_auto]
+        if not methods:
+            return {}
+        self.progress.stage("strength")
+        judge = KlJudge(self.host, encode_prompts(self.host, self.prompts.tuning), Update.of(self.adapter))
+        return {
+            method.name: find_strength(judge, self.sites, partial(self._stored, method), None, self.progress)
+            for method in methods
+        }
+
+    def _plans(self, automatic: Mapping[str, StrengthRecord]) -> dict[Method, dict[float, Origin]]:
+        """Every method's strengths and where they come from."""
+        ratio = self._left_norm(automatic)
+        plans: dict[Method, dict[float, Origin]] = {}
+        for method in self.methods:
+            plans[method] = dict.fromkeys(self._grid(method), Origin.GRID)
+            if method.at_norm is not None and ratio:
+                plans[method][method.at_norm(ratio)] = Origin.NORM
+            if method.name in automatic:
+                plans[method][automatic[method.name].value] = Origin.AUTO
+        return plans
+
+    def _left_norm(self, automatic: Mapping[str, StrengthRecord]) -> float | None:
+        """‖X‖/‖Δ‖ of csulora's first method at its automatic strength; None if none is run, or for Δ = 0."""
+        own = [method for method in self.methods if method.family is Family.CSULORA and method.name in automatic]
+        before = _squared_norm(unchanged(self.sites))
+        if not own or before == 0:
+            return None
+        return math.sqrt(_squared_norm(self._stored(own[0], automatic[own[0].name].value)) / before)
+
+    def _stored(self, method: Method, value: float) -> dict[str, Factors]:
+        """A repair as it would be written: in the adapter's layout and dtypes."""
+        tensors, config = writer.stored_tensors(self.adapter, self.repairs[method.name](value), self.fitting.weight_of)
+        if not writer.is_finite(tensors):
+            raise AdapterError(
+                f"what {method.name} makes at {number(value)} does not fit the adapter's dtype "
+                f"({', '.join(self.adapter.dtypes)})",
+                "Leave it out of --methods, or save the adapter in float32 first.",
+            )
+        written = self.fitting.fitted(rewritten(self.adapter, config, tensors))
+        return {site.name: Factors.of(site) for site in written.sites}
+
+    def _point(
+        self, method: Method, value: float, origin: Origin, encoded: EncodedScoring, references: References
+    ) -> Point:
+        factors = self._stored(method, value)
+        run = run_model(self.host, encoded, Update(factors, self.adapter.carried), self.progress.advance)
+        return Point(
+            method=method.name,
+            family=str(method.family),
+            strength=value,
+            origin=origin,
+            moved=moved_share(self.sites, factors),
+            rank=max(each.lora_a.shape[0] for each in factors.values()),
+            score=score_run(run, references),
+            task_right=tuple(run.task.is_right) if run.task else (),
+        )
+
+    # What comes out
+
+    def _inputs(self) -> dict[str, InputRecord]:
+        trust = self.settings.trust_remote_code
+        inputs = {
+            "adapter": InputRecord(self.adapter_at.label, self.adapter_at.commit, self.adapter.sha256),
+            "host": model_record(self.host_at, "host", is_run=True, trust_remote_code=trust),
+        }
+        if self.unaligned_at is not None:
+            inputs["unaligned"] = model_record(
+                self.unaligned_at, "unaligned model", is_run=False, trust_remote_code=trust
+            )
+        for name, source in (("prompts", self.prompts), ("task", self.task)):
+            if source is not None:
+                inputs[name] = InputRecord(source.name, None, {source.name: source.sha256})
+        return inputs
+
+    def _settings_used(self, encoded: EncodedScoring) -> dict[str, Any]:
+        return {
+            "decoding": "greedy",
+            "seed": None,
+            "answer_tokens": encoded.answer_tokens,
+            "task_tokens": encoded.task.new_tokens if encoded.task else None,
+            "points": self.settings.points,
+            "limit": self.settings.limit,
+            "protect": DEFAULT_PROTECT,
+            "subspace_energy": DEFAULT_SUBSPACE_ENERGY,
+            "device": self.device.type,
+            "dtype": str(self.host.model.dtype).removeprefix("torch."),
+            "chat_template": self.host.has_template,
+        }
+
+    def _counts(self) -> dict[str, int]:
+        scored = self.scored
+        counts = {split: len(_all(getattr(self.prompts, split))) for split in SPLITS if split != "report"}
+        return counts | {
+            "harmful": len(scored.harmful),
+            "lookalikes": len(scored.lookalikes),
+            "general": len(scored.general) if scored.has_general else 0,
+            "task": len(scored.task),
+        }
+
+    def _write(self, out: Path, report: CompareReport) -> None:
+        """The winners' adapters, a folder each, all of them or none."""
+        self.progress.stage("write")
+        chosen = sorted({place for level in report.levels for place in level.winners})
+        with writer.staged(out) as staging:
+            for point in (report.points[place] for place in chosen):
+                folder = staging / f"{point.method}-{number(point.strength)}"
+                folder.mkdir()
+                tensors, config = writer.stored_tensors(
+                    self.adapter, self.repairs[point.method](point.strength), self.fitting.weight_of
+                )
+                (folder / self.adapter.dialect.weights_name).write_bytes(writer.serialise(tensors))
+                (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                writer.copy_companions(self.adapter_at.folder, folder)
+                _write_json(folder, {"method": point.method, "strength": point.strength, **_provenance(report)})
+            _write_json(staging, {key: value for key, value in report.to_dict().items() if key != "out"})
+
+
+def _squared_norm(factors: Mapping[str, Factors]) -> float:
+    """Σ‖X‖² over modules."""
+    return sum(each.scale**2 * squared_norm(each.lora_b, each.lora_a) for each in factors.values())
+
+
+def _all(prompts: Prompts) -> tuple[str, ...]:
+    return (*prompts.harmful, *prompts.benign)
+
+
+def _benign_for_harmful(directions: DirectionPrompts) -> DirectionPrompts:
+    """The benign prompts, without answers, on the harmful side too."""
+    side = directions.benign
+    prompts = [ids[:end] for ids, end in zip(side.tokens, side.ends, strict=True)]
+    return replace(directions, harmful=Side(prompts, side.ends, side.turn))
+
+
+def _record(method: Method, auto: StrengthRecord | None) -> MethodRecord:
+    return MethodRecord(method.name, str(method.family), method.summary, method.symbol, method.default, auto)
+
+
+def _provenance(report: CompareReport) -> dict[str, Any]:
+    document = report.to_dict()
+    return {key: document[key] for key in ("version", "inputs", "settings")}
+
+
+def _write_json(folder: Path, document: Mapping[str, Any]) -> None:
+    (folder / writer.REPORT_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

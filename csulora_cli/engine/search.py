@@ -1,0 +1,58 @@
+"""Finding λ by measuring: the path of a method, judged on the tuning prompts."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from csulora_cli.engine.attach import Factors
+from csulora_cli.engine.behaviour import KlJudge
+from csulora_cli.engine.effects import moved_share
+from csulora_cli.engine.progress import Progress
+from csulora_cli.engine.strength import LARGEST_LIMIT, PathPoint, smallest_strength
+from csulora_cli.errors import HostError
+from csulora_cli.formats.site import Site
+from csulora_cli.report import PathRecord, StrengthRecord
+from csulora_cli.settings import DEFAULT_TARGET
+
+# Below this many nats the adapter begins its answers to harmful prompts as the host does: there is nothing to repair.
+UNMOVED_KL = 0.02
+
+
+def find_strength(
+    judge: KlJudge,
+    modules: Sequence[Site],
+    repaired: Callable[[float], Mapping[str, Factors]],
+    target: float | None,
+    progress: Progress,
+) -> StrengthRecord:
+    """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does.
+
+    Args:
+        judge: of the tuning prompts.
+        modules: of the adapter.
+        repaired: the factors at a λ of `strength.PATH`.
+        target: the share of KL(host ‖ adapter) that may stay; None for the default, and at most `LARGEST_LIMIT` nats.
+        progress: one step a λ that is tried.
+
+    Returns:
+        λ and the path to it; λ = 0 where the adapter never moved the host.
+
+    Raises:
+        HostError: the divergences are not finite.
+    """
+    if not math.isfinite(judge.adapter_kl):
+        raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
+    limit = (DEFAULT_TARGET if target is None else target) * judge.adapter_kl
+    if target is None:
+        limit = min(limit, LARGEST_LIMIT)
+    if judge.adapter_kl <= UNMOVED_KL:
+        return StrengthRecord(0.0, True, True, limit, judge.adapter_kl)
+
+    def try_strength(value: float) -> PathPoint:
+        factors = repaired(value)
+        harmful_kl, benign_kl = judge.judge(factors)
+        progress.advance()
+        return PathPoint(value, harmful_kl, benign_kl, moved_share(modules, factors))
+
+    found = smallest_strength(try_strength, limit)
+    points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.moved) for p in found.points)
+    return StrengthRecord(found.chosen.strength, True, found.is_reached, limit, judge.adapter_kl, points)

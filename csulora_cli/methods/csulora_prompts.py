@@ -1,0 +1,21 @@
+"""csulora, source prompts: the update fades on what the host reads in harmful prompts, and holds on benign ones.
+
+    A' = A (I + βC_b)(I + βC_b + λC_h)⁻¹,   B' = B
+
+Our own formulation; `solver.attenuate` has the closed forms, `engine.prompts_source` what runs them.
+"""
+
+from csulora_cli.engine.prompts_source import closest
+from csulora_cli.methods.method import Family, MomentsMethod, logarithmic
+
+METHODS = (
+    MomentsMethod(
+        name="prompts",
+        family=Family.CSULORA,
+        summary="fades on harmful prompts, holds on benign ones",
+        symbol="λ",
+        grid=logarithmic(1, 256),
+        has_auto=True,
+        solve=closest,
+    ),
+)

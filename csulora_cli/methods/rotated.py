@@ -1,0 +1,54 @@
+"""Control: the prompts source with the harmful prompts' covariance turned at random.
+
+    C_h ← R C_h Rᵀ,   R orthogonal, uniformly distributed
+
+Its spectrum stays, its directions go. What this repairs, the amount of fading repairs and not where it happens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from csulora_cli.engine.attach import Factors
+from csulora_cli.engine.inputs import Form, Moments
+from csulora_cli.engine.prompts_source import closest
+from csulora_cli.formats.site import Site
+from csulora_cli.methods.csulora_prompts import METHODS as _OWN
+from csulora_cli.methods.method import Family, MomentsMethod, random_basis, seeded
+
+
+def rotated(moments: Moments, name: str) -> Moments:
+    """The moments with R C_h Rᵀ in the place of C_h; R depends on the name alone.
+
+    Of tokens H, (in, N), only R·range(H) is drawn: with H = QT, RH = Q'T for a random orthonormal Q'. That has the
+    distribution of RH and costs O(in·N²), not O(in³).
+    """
+    harmful, generator = moments.harmful, seeded(name)
+    if moments.form is Form.DIAGONAL:  # of an embedding: the tokens change places, since a turned diagonal is none
+        places = torch.randperm(len(harmful), generator=generator).to(harmful.device)
+        return replace(moments, harmful=harmful[places])
+    if moments.form is Form.MOMENT:
+        rotation = random_basis(harmful.shape[0], harmful.shape[0], generator).to(harmful.device)  # (in, in)
+        return replace(moments, harmful=rotation @ harmful @ rotation.mT)
+    triangle = torch.linalg.qr(harmful, mode="r").R  # T, (p, N)
+    basis = random_basis(harmful.shape[0], triangle.shape[0], generator).to(harmful.device)  # Q', (in, p)
+    return replace(moments, harmful=basis @ triangle)
+
+
+def solve(members: Sequence[Site], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
+    """The closest updates at λ with the rotated moments."""
+    return closest(members, rotated(moments, members[0].name), protect, strength)
+
+
+METHODS = (
+    MomentsMethod(
+        name="rotated",
+        family=Family.CONTROL,
+        summary="prompts, harmful covariance turned at random",
+        symbol=_OWN[0].symbol,
+        grid=_OWN[0].grid,
+        has_auto=True,
+        solve=solve,
+    ),
+)
