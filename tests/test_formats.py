@@ -17,10 +17,9 @@ from test_spelling import WILD, written
 from torch import Tensor
 from variants import EXPERTS, GOOD, MONTECLORA, QV, REFUSED, VELORA, Variant
 
-from csulora_cli import api
 from csulora_cli.adapter import Adapter, bind, read_adapter, with_weights
 from csulora_cli.api import fix_adapter
-from csulora_cli.engine import behaviour
+from csulora_cli.engine import behaviour, prompts_source
 from csulora_cli.engine.attach import Update, weight_of
 from csulora_cli.engine.host import Host, load_host
 from csulora_cli.errors import HostError, InputError, UnsupportedError
@@ -55,7 +54,7 @@ class Measured:
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(behaviour, "ANSWER_TOKENS", 1)
-    monkeypatch.setattr(api, "PROTECTED_TOKENS", 3)
+    monkeypatch.setattr(prompts_source, "PROTECTED_TOKENS", 3)
 
 
 @pytest.fixture(scope="module")

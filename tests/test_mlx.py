@@ -10,10 +10,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from csulora_cli import api
 from csulora_cli.adapter import bind, read_adapter
 from csulora_cli.api import fix_adapter
-from csulora_cli.engine import behaviour
+from csulora_cli.engine import behaviour, prompts_source
 from csulora_cli.engine.attach import Update
 from csulora_cli.engine.host import load_host
 from csulora_cli.errors import AdapterError, HostError, InputError
@@ -36,7 +35,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(behaviour, "ANSWER_TOKENS", 1)
-    monkeypatch.setattr(api, "PROTECTED_TOKENS", 3)
+    monkeypatch.setattr(prompts_source, "PROTECTED_TOKENS", 3)
 
 
 def tensors(rank: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -13,10 +13,9 @@ import torch
 from conftest import make_adapter
 from torch import Tensor
 
-from csulora_cli import api
 from csulora_cli.adapter import bind, read_adapter
 from csulora_cli.api import fix_adapter
-from csulora_cli.engine import behaviour
+from csulora_cli.engine import behaviour, prompts_source
 from csulora_cli.errors import InputError
 from csulora_cli.formats.spelling import canonical_keys
 from csulora_cli.formats.structure import Structure, read_structure
@@ -100,7 +99,7 @@ WILD: dict[str, Wild] = {
 def _short_answers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(behaviour, "ANSWER_TOKENS", 1)
-        patch.setattr(api, "PROTECTED_TOKENS", 3)
+        patch.setattr(prompts_source, "PROTECTED_TOKENS", 3)
         yield
 
 
