@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from csulora_cli import card, html, writer
-from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, describe, read_adapter
+from csulora_cli.adapter import describe, read_adapter
 from csulora_cli.engine import effects, strength
+from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
-from csulora_cli.engine.host import Factors, Host, choose_device, solver_device
+from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_prompts
 from csulora_cli.engine.memory import is_out_of_memory, release_memory
 from csulora_cli.engine.progress import Progress, Silent
@@ -22,15 +23,16 @@ from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
 from csulora_cli.errors import AdapterError, InputError, VerificationError
 from csulora_cli.files import Stamp, read_bytes, sha256_of, staged_file
+from csulora_cli.fitting import Fitting, check_magnitudes, tell_active
+from csulora_cli.formats.config import CONFIG_NAME
+from csulora_cli.formats.site import Site
 from csulora_cli.locate import ADAPTER_FILES, Location, files_matching, locate
-from csulora_cli.matching import Matched, open_matched, oriented
 from csulora_cli.opening import (
     Recorder,
     check_report,
     locate_host,
     model_files,
     model_record,
-    open_host,
     resource_errors,
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
@@ -100,7 +102,7 @@ class _Fix:
         check_report(settings.report, settings.overwrite, self.out)
         self.stamps = _stamps(self.adapter_at, ADAPTER_FILES)
         self.adapter = read_adapter(self.adapter_at.folder)
-        self.modules = self.adapter.modules
+        check_magnitudes(self.adapter, settings.dora, settings.strict)
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts) if self._needs_host else None
         self.progress.stage("models")
@@ -109,23 +111,24 @@ class _Fix:
         self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
         self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in _stamps(at, files)]
         with ExitStack() as stack:
-            matched = [open_matched(stack, self.host_at, "host", self.adapter)]
-            if self.unaligned_at is not None:
-                matched.append(open_matched(stack, self.unaligned_at, "unaligned model", self.adapter))
-            self.host = self._load_host() if self._needs_host else None
+            self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
+            self.fitting.match(stack)
+            self.host = self.fitting.load(self.device, settings.dtype, self.progress) if self._needs_host else None
+            self.carried = self.fitting.settle(settings.dora, self.progress)
+            tell_active(self.carried, settings.strict, self.progress)
+            self.adapter = self.fitting.adapter
             if settings.chosen_source is Source.WEIGHTS:
-                return self._finish(*self._weights(*matched))
+                return self._finish(*self._weights())
         return self._finish(*self._prompts())
 
     @property
     def _needs_host(self) -> bool:
         return self.settings.chosen_source is Source.PROMPTS or self.settings.is_auto
 
-    def _load_host(self) -> Host:
-        settings = self.settings
-        return open_host(
-            self.host_at, [self.modules], self.device, settings.dtype, settings.trust_remote_code, self.progress
-        )
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What the solver sees of the adapter."""
+        return self.adapter.sites
 
     def _encode(self, host: Host, split: str) -> Encoded:
         assert self.prompts is not None
@@ -140,14 +143,14 @@ class _Fix:
         protect = self.settings.chosen_protect
         directions = self._directions(host)
         path = PromptsPath(
-            host, self.modules, directions, protect, strength.PATH if fixed is None else [fixed], self.progress
+            host, self.sites, directions, protect, strength.PATH if fixed is None else [fixed], self.progress
         )
         record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
         factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
             return effects.prompt_effects(
-                host, self.modules, path.groups, stored, directions, protect, record.value, self.progress
+                host, self.sites, path.groups, stored, directions, protect, record.value, self.progress
             )
 
         return _Solution(factors, record, {}), of
@@ -156,63 +159,65 @@ class _Fix:
         prompts = self._encode(host, "directions")
         if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
             return DirectionPrompts.of(prompts)
-        return protecting(host, prompts, self._unchanged(), self.progress)
+        return protecting(host, prompts, Update.of(self.adapter), self.progress)
 
-    def _weights(self, host: Matched, unaligned: Matched) -> tuple[_Solution, _Effects]:
+    def _weights(self) -> tuple[_Solution, _Effects]:
         settings = self.settings
         self.displacements: dict[str, ModuleDisplacement] = measure_displacements(
-            self.modules,
-            oriented(host, self.host_at, settings.trust_remote_code),
-            oriented(unaligned, self.host_at, settings.trust_remote_code),
+            self.sites,
+            *self.fitting.oriented(),
             settings.chosen_energy,
             settings.subspace_rank,
             solver_device(self.device),
             self.progress,
         )
-        path = WeightsPath(self.modules, self.displacements, settings.chosen_geometry, settings.chosen_rank)
+        path = WeightsPath(self.sites, self.displacements, settings.chosen_geometry, settings.chosen_rank)
         fixed = settings.fixed_strength
         record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
         factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
             return effects.weight_effects(
-                self.modules, stored, self.displacements, settings.chosen_geometry, record.value
+                self.sites, stored, self.displacements, settings.chosen_geometry, record.value
             )
 
         return _Solution(factors, record, path.truncation_error), of
 
     def _unchanged(self) -> dict[str, Factors]:
-        return {module.name: Factors.of(module) for module in self.modules}
+        return {site.name: Factors.of(site) for site in self.sites}
 
     def _search(self, path: PromptsPath | WeightsPath) -> StrengthRecord:
         """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does."""
         host = self.host
         assert host is not None
         self.progress.stage("strength")
-        judge = KlJudge(host, self._encode(host, "tuning"), self._unchanged())
-        return find_strength(judge, self.modules, path.repaired, self.settings.target, self.progress)
+        judge = KlJudge(host, self._encode(host, "tuning"), Update.of(self.adapter))
+        return find_strength(judge, self.sites, path.repaired, self.settings.target, self.progress)
 
     # Writing
 
     def _finish(self, solution: _Solution, measure_effects: _Effects) -> FixReport:
         with self._staged() as (staging, page):
             self.progress.stage("write")
-            tensors, config = writer.stored_tensors(self.adapter, solution.factors)
+            tensors, config = writer.stored_tensors(self.adapter, solution.factors, self.fitting.weight_of)
             if not writer.is_finite(tensors):
                 raise AdapterError(
                     f"the repaired factors do not fit the adapter's dtype ({', '.join(self.adapter.dtypes)})",
                     "Save the adapter in float32 first.",
                 )
             self._write_adapter(staging, tensors, config)
-            written = read_adapter(staging)
-            stored = {module.name: Factors.of(module) for module in written.modules}
-            if set(stored) != {module.name for module in self.modules}:
+            stored = {site.name: Factors.of(site) for site in self.fitting.reopened(staging).sites}
+            if set(stored) != {site.name for site in self.sites}:
                 raise VerificationError("the written file does not hold the modules of the adapter")
             records = self._verify(solution, stored, measure_effects(stored))
             behaviour = {}
             if self.host is not None and self.prompts is not None:
                 behaviour = measure_behaviour(
-                    self.host, self._encode(self.host, "report"), self._unchanged(), stored, self.progress
+                    self.host,
+                    self._encode(self.host, "report"),
+                    Update.of(self.adapter),
+                    stored,
+                    self.progress,
                 )
             self.progress.stage("report")
             report = self._report(solution.strength, records, behaviour, tensors)
@@ -249,8 +254,9 @@ class _Fix:
                 yield stack.enter_context(writer.staged(self.out)), staged_page
 
     def _write_adapter(self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-        (staging / WEIGHTS_NAME).write_bytes(writer.serialise(tensors))
-        if config == self.adapter.config:  # byte for byte, also its spacing and the order of its keys
+        (staging / self.adapter.dialect.weights_name).write_bytes(writer.serialise(tensors))
+        if config == self.adapter.config and not self.adapter.conversions:
+            # Byte for byte, also its spacing and the order of its keys.
             data = read_bytes(self.adapter_at.folder / CONFIG_NAME, AdapterError)
             (staging / CONFIG_NAME).write_bytes(data)
         else:
@@ -260,31 +266,31 @@ class _Fix:
     def _verify(
         self, solution: _Solution, stored: Mapping[str, Factors], found: Sequence[effects.Effect]
     ) -> list[ModuleRecord]:
-        """Check the re-opened file against what was promised, module by module.
+        """Check the re-opened file against what was promised, site by site.
 
         Raises:
             VerificationError: an objective is above the one at Δ by more than rounding.
         """
         self.progress.stage("verify")
-        errors = writer.cast_error(self.modules, solution.factors, stored)
+        errors = writer.cast_error(self.sites, solution.factors, stored)
         records = []
-        for module, effect in zip(self.modules, found, strict=True):
+        for site, effect in zip(self.sites, found, strict=True):
             # At the minimum a rounding of relative size e adds e² to each of the objective's terms.
             weight = 1 + solution.strength.value + (self.settings.chosen_protect if self.host is not None else 0)
-            slack = 1e-9 + 4 * weight * (errors[module.name] + solution.truncation_error.get(module.name, 0.0)) ** 2
+            slack = 1e-9 + 4 * weight * (errors[site.name] + solution.truncation_error.get(site.name, 0.0)) ** 2
             if not effect.objective_after <= effect.objective_before * (1 + 1e-6) + slack:  # also for NaN
                 raise VerificationError(
-                    f"module '{printable(module.name)}' came out worse than it went in: objective "
+                    f"module '{printable(site.name)}' came out worse than it went in: objective "
                     f"{effect.objective_after:.6g} above {effect.objective_before:.6g}",
                     "Please report this with csulora's version and the adapter's name.",
                 )
-            records.append(self._record(module, effect, errors[module.name], solution))
+            records.append(self._record(site, effect, errors[site.name], solution))
         return records
 
-    def _record(self, module: LoraModule, effect: effects.Effect, error: float, solution: _Solution) -> ModuleRecord:
-        update, _ = effects.update_norms(module, Factors.of(module))
+    def _record(self, site: Site, effect: effects.Effect, error: float, solution: _Solution) -> ModuleRecord:
+        update, _ = effects.update_norms(site, Factors.of(site))
         record = ModuleRecord(
-            name=module.name,
+            name=site.name,
             rank=effect.rank,
             energy=update,
             moved=effect.moved,
@@ -294,11 +300,11 @@ class _Fix:
             objective_before=effect.objective_before,
             objective_after=effect.objective_after,
             storage_error=error,
-            truncation_error=solution.truncation_error.get(module.name),
+            truncation_error=solution.truncation_error.get(site.name),
         )
         if self.settings.chosen_source is Source.PROMPTS:
             return record
-        entry = self.displacements[module.name]
+        entry = self.displacements[site.name]
         return replace(
             record,
             directions=entry.directions.rank,
@@ -314,19 +320,30 @@ class _Fix:
         behaviour: Mapping[str, Any],
         tensors: Mapping[str, torch.Tensor],
     ) -> FixReport:
-        before = {key: t for m in self.modules for key, t in ((m.key_a, m.lora_a), (m.key_b, m.lora_b))}
+        before = self.adapter.tensors
+        carried = {record.key for record in self.carried}
         changed = sum(1 for key, tensor in tensors.items() if not torch.equal(tensor, before[key]))
+        counts = {
+            "changed": changed,
+            "unchanged": len(tensors) - changed - len(carried & tensors.keys()),
+            "carried": len(carried & tensors.keys()),
+            "dropped": len(before.keys() - tensors.keys()),
+            "total": len(before),
+        }
         return FixReport(
             version=__version__,
             out=str(self.out),
             adapter_summary=describe(self.adapter),
+            library=self.adapter.dialect.name,
             inputs=self._inputs(),
             settings=self._settings_used(strength_record.value),
             prompt_counts=_counts(self.prompts),
             strength=strength_record,
             modules=records,
             behaviour=behaviour,
-            tensors={"changed": changed, "unchanged": len(tensors) - changed, "total": len(tensors)},
+            tensors=counts,
+            conversions=self.adapter.conversions,
+            carried=self.carried,
             warnings=tuple(self.progress.warnings),
         )
 

@@ -17,7 +17,7 @@ def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
         "# " + _plain(f"{report.inputs['adapter'].name}, repaired with csulora"),
         "csulora looked for the update closest to the original adapter's that pays for what it does on "
         + ("harmful prompts" if report.settings["source"] == "prompts" else "the directions of safety alignment")
-        + ". Keys and layout load in PEFT, transformers and vLLM like the original's. The numbers below are "
+        + ". Keys and layout are the original's, and load where it does. The numbers below are "
         "measurements on the stated prompts; they do not show that the adapter is safe.",
         "## What was measured",
         *_measured(report),
@@ -43,7 +43,7 @@ def _front_matter(adapter: Adapter, host: Location) -> str:
     base = host.repo_id or (adapter.base if adapter.base and looks_like_hub_id(adapter.base) else None)
     if base:
         lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
-    return "\n".join([*lines, "library_name: peft", "tags:", "- csulora", "- lora", "---"])
+    return "\n".join([*lines, f"library_name: {adapter.dialect.name}", "tags:", "- csulora", "- lora", "---"])
 
 
 def _plain_text(lines: list[str]) -> str:

@@ -1,27 +1,32 @@
 """A model's safetensors, sharded or not, as named tensors on disk: headers first, values one tensor at a time.
 
-Also matches adapted modules to weights, by name. Checkpoints differ from module names by a leading prefix at most
+Also matches adapted sites to weights, by name. Checkpoints differ from module names by a leading prefix at most
 (`transformer.h.0…` in memory, `h.0…` on disk), so one prefix must explain all modules, and shapes must fit.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from csulora_cli.adapter import LoraModule
 from csulora_cli.errors import HostError
 from csulora_cli.files import is_regular, read_json_object
+from csulora_cli.formats.carried import Carried
+from csulora_cli.formats.site import Kind, Site
 from csulora_cli.text import printable, some
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+# Bits of the significand, the hidden one included: the spacing around w is 2^(exponent(w) - bits).
+PRECISION = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,10 @@ class Checkpoint:
                 "Download the model again.",
             ) from None
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU."""
-        tensor: Tensor = self._open[self.tensors[name].file].get_tensor(name)
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """One tensor, or one part of it along its first dimension, in its stored dtype, on the CPU."""
+        handle = self._open[self.tensors[name].file]
+        tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         return tensor
 
 
@@ -117,82 +123,143 @@ def weight_files(folder: Path, role: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class WeightMatch:
-    """The weight of an adapted module.
+    """The weight of an adapted site.
 
     Attributes:
         tensor: its name on disk.
         is_transposed: stored as (in, out), like Conv1D; None if the weight is square and nothing tells.
+        expert: which part of the tensor it is, or None for all of it.
     """
 
     tensor: str
     is_transposed: bool | None
+    expert: int | None = None
 
 
 def match_weights(
-    modules: Iterable[LoraModule], checkpoint: Checkpoint, fan_in_fan_out: bool = False
+    sites: Iterable[Site],
+    checkpoint: Checkpoint,
+    fan_in_fan_out: bool = False,
+    ties: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, WeightMatch]:
-    """Find the weight of every adapted module by name, and check its shape.
+    """Find the weight of every adapted site by name, and check its shape.
+
+    Args:
+        sites: of the adapter.
+        checkpoint: an open one.
+        fan_in_fan_out: what the adapter says of square weights that nothing else tells about.
+        ties: other names of shared weights, of which a checkpoint holds one.
 
     Raises:
-        HostError: some module has no weight of its name, or one of another shape; the message shows both sides.
+        HostError: some site has no weight of its name, or one of another shape; the message shows both sides.
     """
-    modules = list(modules)
-    to_disk = _common_renaming([module.name for module in modules], checkpoint)
-    missing = [module.name for module in modules if f"{to_disk(module.name)}.weight" not in checkpoint.tensors]
-    if missing:
-        matched = len(modules) - len(missing)
-        weights = sorted(name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 2)
-        raise HostError(
-            f"{matched} of {len(modules)} adapted modules exist in the {checkpoint.role}: the adapter has "
-            f"{some(missing, 2)}; the {checkpoint.role} has {some(weights, 2)}",
-            "Give the model that the adapter was trained on.",
-        )
-    matches = {}
-    for module in modules:
-        name = f"{to_disk(module.name)}.weight"
-        matches[module.name] = WeightMatch(name, _orientation(module, checkpoint, name))
+    sites = list(sites)
+    to_disk = common_renaming([site.place.weight for site in sites], checkpoint)
+    found = {}
+    for site in sites:
+        names = (site.place.weight, *(ties or {}).get(site.place.weight, ()))
+        found[site.name] = next((to_disk(name) for name in names if to_disk(name) in checkpoint.tensors), None)
+    if missing := [name for name, weight in found.items() if weight is None]:
+        raise _no_weights(missing, len(sites), checkpoint)
+    matches = {site.name: _match(site, checkpoint, str(found[site.name])) for site in sites}
     # A square weight says nothing; the rectangular ones of the same checkpoint do, since layer classes do not mix, and
     # if there are none, the config does where it says fan_in_fan_out.
-    known = {match.is_transposed for match in matches.values()} - {None}
+    known = {matches[site.name].is_transposed for site in sites if site.place.kind is Kind.LINEAR} - {None}
     answer = known.pop() if len(known) == 1 else True if not known and fan_in_fan_out else None
     return {
-        name: WeightMatch(match.tensor, answer if match.is_transposed is None else match.is_transposed)
+        name: replace(match, is_transposed=answer if match.is_transposed is None else match.is_transposed)
         for name, match in matches.items()
     }
 
 
-def _orientation(module: LoraModule, checkpoint: Checkpoint, name: str) -> bool | None:
-    shape = checkpoint.tensors[name].shape
-    wanted = (module.out_features, module.in_features)
-    if shape not in (wanted, wanted[::-1]):
+def _no_weights(missing: list[str], count: int, checkpoint: Checkpoint) -> HostError:
+    weights = sorted(name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) >= 2)
+    return HostError(
+        f"{count - len(missing)} of {count} adapted modules exist in the {checkpoint.role}: the adapter has "
+        f"{some(missing, 2)}; the {checkpoint.role} has {some(weights, 2)}",
+        "Give the model that the adapter was trained on.",
+    )
+
+
+def _match(site: Site, checkpoint: Checkpoint, name: str) -> WeightMatch:
+    """The weight of one site; its orientation is known but for linear layers, where the shape may tell."""
+    shape, place = checkpoint.tensors[name].shape, site.place
+    wanted = (site.out_features, site.in_features)
+    if place.kind is Kind.LINEAR:
+        if shape not in (wanted, wanted[::-1]):
+            raise _other_shape(site, checkpoint, name)
+        return WeightMatch(name, None if shape[0] == shape[1] else shape != wanted)
+    is_transposed = place.is_transposed or place.kind is Kind.EMBEDDING
+    matrix = shape if place.expert is None else shape[1:]
+    flat = (matrix[0], math.prod(matrix[1:])) if matrix else ()
+    if flat != (wanted[::-1] if is_transposed else wanted) or (place.expert or 0) >= shape[0]:
+        raise _other_shape(site, checkpoint, name)
+    return WeightMatch(name, is_transposed, place.expert)
+
+
+def _other_shape(site: Site, checkpoint: Checkpoint, name: str) -> HostError:
+    return HostError(
+        f"'{printable(name)}' of the {checkpoint.role} is {checkpoint.tensors[name].shape}, but the adapter changes a "
+        f"weight of {(site.out_features, site.in_features)}",
+        "Give the model that the adapter was trained on.",
+    )
+
+
+def read_weight(checkpoint: Checkpoint, match: WeightMatch) -> Tensor:
+    """A site's weight as (out, in) in float32.
+
+    Raises:
+        HostError: it is stored in a form that cannot be computed with.
+    """
+    stored = checkpoint.tensors[match.tensor]
+    if stored.dtype not in PRECISION:
         raise HostError(
-            f"'{printable(name)}' of the {checkpoint.role} is {shape}, but the adapter changes a weight of {wanted}",
-            "Give the model that the adapter was trained on.",
+            f"'{printable(match.tensor)}' of the {checkpoint.role} is stored as {printable(stored.dtype)}",
+            "csulora computes with weights in float32, float16 and bfloat16.",
         )
-    return None if shape[0] == shape[1] else shape != wanted
+    weight = checkpoint.read(match.tensor, match.expert).float().flatten(1)
+    return weight.mT if match.is_transposed else weight
 
 
-class _Renaming:
-    """Module name -> name on disk: drop a leading prefix, or put one in front."""
+def holds_weight(checkpoint: Checkpoint, names: Sequence[str], entry: Carried) -> bool:
+    """Whether a carried tensor holds the same values as the weight that it replaces, in the checkpoint's dtype.
+
+    Args:
+        checkpoint: an open one.
+        names: of the weight in the host.
+        entry: the carried tensor.
+    """
+    for name in names:
+        on_disk = common_renaming([name], checkpoint)(name)
+        if on_disk in checkpoint.tensors:
+            own = checkpoint.read(on_disk)
+            own = own if entry.rows is None else own[list(entry.rows)]
+            return own.shape == entry.tensor.shape and torch.equal(entry.tensor.to(own.dtype), own)
+    return False
+
+
+class Renaming:
+    """Name in the host -> name on disk: drop a leading prefix, or put one in front."""
 
     def __init__(self, drop: str = "", add: str = "") -> None:
         self.drop, self.add = drop, add
 
     def __call__(self, name: str) -> str:
+        """The name on disk."""
         return self.add + name.removeprefix(self.drop)
 
 
-def _common_renaming(names: list[str], checkpoint: Checkpoint) -> _Renaming:
-    """The prefix change that explains most modules; names as they are win a tie."""
-    candidates = [_Renaming()]
+def common_renaming(names: list[str], checkpoint: Checkpoint) -> Renaming:
+    """The prefix change that explains most weights; names as they are win a tie."""
+    candidates = [Renaming()]
     first = names[0]
     parts = first.split(".")
-    candidates += [_Renaming(drop=".".join(parts[:cut]) + ".") for cut in range(1, len(parts) - 1)]
-    tail = f".{first}.weight"
-    prefixes = sorted({name.removesuffix(tail) + "." for name in checkpoint.tensors if name.endswith(tail)}, key=len)
-    candidates += [_Renaming(add=prefix) for prefix in prefixes]
+    candidates += [Renaming(drop=".".join(parts[:cut]) + ".") for cut in range(1, len(parts) - 2)]
+    tail = f".{first}"
+    prefixes = sorted({name.removesuffix(first) for name in checkpoint.tensors if name.endswith(tail)}, key=len)
+    candidates += [Renaming(add=prefix) for prefix in prefixes]
 
-    def score(renaming: _Renaming) -> int:
-        return sum(f"{renaming(name)}.weight" in checkpoint.tensors for name in names)
+    def score(renaming: Renaming) -> int:
+        return sum(renaming(name) in checkpoint.tensors for name in names)
 
     return max(candidates, key=score)

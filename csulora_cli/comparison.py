@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from csulora_cli import html, writer
-from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule, modules_from, read_adapter
+from csulora_cli.adapter import read_adapter, rewritten
 from csulora_cli.compare_report import CompareReport, MethodRecord, Origin, Point, find_levels
 from csulora_cli.engine import strength
+from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
-from csulora_cli.engine.host import Factors, choose_device, solver_device
+from csulora_cli.engine.host import choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_prompts
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
@@ -26,8 +27,10 @@ from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import measure_displacements
 from csulora_cli.errors import AdapterError, PromptsError
 from csulora_cli.files import write_whole
+from csulora_cli.fitting import Fitting, tell_active
+from csulora_cli.formats.config import CONFIG_NAME
+from csulora_cli.formats.site import Site
 from csulora_cli.locate import ADAPTER_FILES, locate
-from csulora_cli.matching import Matched, open_matched, oriented
 from csulora_cli.methods import choose
 from csulora_cli.methods.method import (
     DirectionsMethod,
@@ -44,13 +47,12 @@ from csulora_cli.opening import (
     locate_host,
     model_files,
     model_record,
-    open_host,
     resource_errors,
 )
 from csulora_cli.pareto import dominated
 from csulora_cli.promptset import SPLITS, Prompts, load_prompts
 from csulora_cli.report import InputRecord, StrengthRecord
-from csulora_cli.settings import DEFAULT_PROTECT, DEFAULT_SUBSPACE_ENERGY, CompareSettings
+from csulora_cli.settings import DEFAULT_PROTECT, DEFAULT_SUBSPACE_ENERGY, CompareSettings, DoraMode
 from csulora_cli.solver.lowrank import squared_norm
 from csulora_cli.taskset import load_task
 from csulora_cli.text import number
@@ -93,7 +95,6 @@ class _Comparison:
             writer.check_output(settings.out, self.adapter_at.folder, settings.overwrite)
         check_report(settings.report, settings.overwrite, settings.out)
         self.adapter = read_adapter(self.adapter_at.folder)
-        self.modules = self.adapter.modules
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts)
         self.task = load_task(settings.task) if settings.task else None
@@ -103,13 +104,13 @@ class _Comparison:
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
         with ExitStack() as stack:
-            matched = [open_matched(stack, self.host_at, "host", self.adapter)]
-            if self.unaligned_at is not None:
-                matched.append(open_matched(stack, self.unaligned_at, "unaligned model", self.adapter))
-            self.host = open_host(
-                self.host_at, [self.modules], self.device, settings.dtype, settings.trust_remote_code, self.progress
-            )
-            self.repairs = self._prepare(matched)
+            self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
+            self.fitting.match(stack)
+            self.host = self.fitting.load(self.device, settings.dtype, self.progress)
+            tell_active(self.fitting.settle(DoraMode.KEEP, self.progress), is_strict=False, progress=self.progress)
+            self.adapter = self.fitting.adapter
+            self.sites = self.adapter.sites
+            self.repairs = self._prepare()
         return self._measure()
 
     def _scored_prompts(self) -> ScoringPrompts:
@@ -125,33 +126,29 @@ class _Comparison:
 
     # What the methods ask for
 
-    def _prepare(self, matched: Sequence[Matched]) -> dict[str, _Repair]:
+    def _prepare(self) -> dict[str, _Repair]:
         """Every method as a function of its strength alone; what they need is computed once for all."""
         repairs: dict[str, _Repair] = {
-            method.name: partial(method.repair, self.modules)
+            method.name: partial(method.repair, self.sites)
             for method in self.methods
             if isinstance(method, FactorsMethod)
         }
-        return repairs | self._from_weights(matched) | self._from_prompts()
+        return repairs | self._from_weights() | self._from_prompts()
 
-    def _from_weights(self, matched: Sequence[Matched]) -> dict[str, _Repair]:
+    def _from_weights(self) -> dict[str, _Repair]:
         by_directions = [method for method in self.methods if isinstance(method, DirectionsMethod)]
         by_displacement = [method for method in self.methods if isinstance(method, DisplacementMethod)]
         if not by_directions and not by_displacement:
             return {}
-        seen: dict[Callable[[LoraModule, Tensor], Any], dict[str, Any]] = {
-            method.observe: {} for method in by_displacement
-        }
+        seen: dict[Callable[[Site, Tensor], Any], dict[str, Any]] = {method.observe: {} for method in by_displacement}
 
-        def look(module: LoraModule, displacement: Tensor) -> None:
+        def look(module: Site, displacement: Tensor) -> None:
             for observe, observations in seen.items():
                 observations[module.name] = observe(module, displacement)
 
-        host, unaligned = (oriented(each, self.host_at, self.settings.trust_remote_code) for each in matched)
         displacements = measure_displacements(
-            self.modules,
-            host,
-            unaligned,
+            self.sites,
+            *self.fitting.oriented(),
             DEFAULT_SUBSPACE_ENERGY,
             None,
             solver_device(self.device),
@@ -160,10 +157,10 @@ class _Comparison:
         )
         directions = {name: entry.directions for name, entry in displacements.items()}
         repairs: dict[str, _Repair] = {
-            method.name: partial(method.repair, self.modules, directions) for method in by_directions
+            method.name: partial(method.repair, self.sites, directions) for method in by_directions
         }
         return repairs | {
-            method.name: partial(method.repair, self.modules, seen[method.observe]) for method in by_displacement
+            method.name: partial(method.repair, self.sites, seen[method.observe]) for method in by_displacement
         }
 
     def _from_prompts(self) -> dict[str, _Repair]:
@@ -172,7 +169,7 @@ class _Comparison:
         if not methods:
             return repairs
         encoded = encode_prompts(self.host, self.prompts.directions)
-        own = protecting(self.host, encoded, unchanged(self.modules), self.progress)
+        own = protecting(self.host, encoded, Update.of(self.adapter), self.progress)
         for reads_harmful in (True, False):
             group = [method for method in methods if method.reads_harmful is reads_harmful]
             if not group:
@@ -180,7 +177,7 @@ class _Comparison:
             directions = own if reads_harmful else _benign_for_harmful(own)
             path = PromptsPath(
                 self.host,
-                self.modules,
+                self.sites,
                 directions,
                 DEFAULT_PROTECT,
                 sorted({*strength.PATH, *(value for method in group for value in self._grid(method))}),
@@ -191,7 +188,7 @@ class _Comparison:
         return repairs
 
     def _grid(self, method: Method) -> tuple[float, ...]:
-        return method.strengths(self.settings.points, len(self.modules))
+        return method.strengths(self.settings.points, len(self.sites))
 
     # What is measured
 
@@ -200,8 +197,8 @@ class _Comparison:
         plans = self._plans(automatic)
         encoded = encode_scoring(self.host, self.scored, self.settings.answer_tokens)
         self.progress.stage("methods", (2 + sum(map(len, plans.values()))) * encoded.steps)
-        adapter = run_model(self.host, encoded, unchanged(self.modules), self.progress.advance)
-        references = References(run_model(self.host, encoded, {}, self.progress.advance), adapter)
+        adapter = run_model(self.host, encoded, Update.of(self.adapter), self.progress.advance)
+        references = References(run_model(self.host, encoded, Update(), self.progress.advance), adapter)
         points = []
         for method, strengths in plans.items():
             for value, origin in sorted(strengths.items()):
@@ -235,9 +232,9 @@ class _Comparison:
         if not methods:
             return {}
         self.progress.stage("strength")
-        judge = KlJudge(self.host, encode_prompts(self.host, self.prompts.tuning), unchanged(self.modules))
+        judge = KlJudge(self.host, encode_prompts(self.host, self.prompts.tuning), Update.of(self.adapter))
         return {
-            method.name: find_strength(judge, self.modules, partial(self._stored, method), None, self.progress)
+            method.name: find_strength(judge, self.sites, partial(self._stored, method), None, self.progress)
             for method in methods
         }
 
@@ -256,33 +253,34 @@ class _Comparison:
     def _left_norm(self, automatic: Mapping[str, StrengthRecord]) -> float | None:
         """‖X‖/‖Δ‖ of csulora's first method at its automatic strength; None if none is run, or for Δ = 0."""
         own = [method for method in self.methods if method.family is Family.CSULORA and method.name in automatic]
-        before = _squared_norm(unchanged(self.modules))
+        before = _squared_norm(unchanged(self.sites))
         if not own or before == 0:
             return None
         return math.sqrt(_squared_norm(self._stored(own[0], automatic[own[0].name].value)) / before)
 
     def _stored(self, method: Method, value: float) -> dict[str, Factors]:
         """A repair as it would be written: in the adapter's layout and dtypes."""
-        tensors, config = writer.stored_tensors(self.adapter, self.repairs[method.name](value))
+        tensors, config = writer.stored_tensors(self.adapter, self.repairs[method.name](value), self.fitting.weight_of)
         if not writer.is_finite(tensors):
             raise AdapterError(
                 f"what {method.name} makes at {number(value)} does not fit the adapter's dtype "
                 f"({', '.join(self.adapter.dtypes)})",
                 "Leave it out of --methods, or save the adapter in float32 first.",
             )
-        return {module.name: Factors.of(module) for module in modules_from(config, tensors)}
+        written = self.fitting.fitted(rewritten(self.adapter, config, tensors))
+        return {site.name: Factors.of(site) for site in written.sites}
 
     def _point(
         self, method: Method, value: float, origin: Origin, encoded: EncodedScoring, references: References
     ) -> Point:
         factors = self._stored(method, value)
-        run = run_model(self.host, encoded, factors, self.progress.advance)
+        run = run_model(self.host, encoded, Update(factors, self.adapter.carried), self.progress.advance)
         return Point(
             method=method.name,
             family=str(method.family),
             strength=value,
             origin=origin,
-            moved=moved_share(self.modules, factors),
+            moved=moved_share(self.sites, factors),
             rank=max(each.lora_a.shape[0] for each in factors.values()),
             score=score_run(run, references),
             task_right=tuple(run.task.is_right) if run.task else (),
@@ -338,8 +336,10 @@ class _Comparison:
             for point in (report.points[place] for place in chosen):
                 folder = staging / f"{point.method}-{number(point.strength)}"
                 folder.mkdir()
-                tensors, config = writer.stored_tensors(self.adapter, self.repairs[point.method](point.strength))
-                (folder / WEIGHTS_NAME).write_bytes(writer.serialise(tensors))
+                tensors, config = writer.stored_tensors(
+                    self.adapter, self.repairs[point.method](point.strength), self.fitting.weight_of
+                )
+                (folder / self.adapter.dialect.weights_name).write_bytes(writer.serialise(tensors))
                 (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
                 writer.copy_companions(self.adapter_at.folder, folder)
                 _write_json(folder, {"method": point.method, "strength": point.strength, **_provenance(report)})

@@ -18,7 +18,8 @@ from csulora_cli.adapter import read_adapter
 from csulora_cli.api import fix_adapter
 from csulora_cli.compare_report import CompareReport
 from csulora_cli.comparison import compare_methods
-from csulora_cli.engine.host import Factors, Host, choose_device, load_host
+from csulora_cli.engine.attach import Update
+from csulora_cli.engine.host import Host, choose_device, load_host
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.locate import Location
 from csulora_cli.opening import check_report
@@ -99,10 +100,9 @@ def run_demo(out: Path, page: Path, progress: Progress | None = None) -> DemoRep
         folders = {"adapter": assets / "adapter", **{name: Path(report.out) for name, report in reports.items()}}
         held_out = _read_held_out(assets / "heldout.jsonl")
         progress.stage("measure", (len(folders) + 1) * 3)
-        scores = {"host": _score(host, {}, held_out, progress)}
+        scores = {"host": _score(host, Update(), held_out, progress)}
         for name, folder in folders.items():
-            factors = {module.name: Factors.of(module) for module in read_adapter(folder).modules}
-            scores[name] = _score(host, factors, held_out, progress)
+            scores[name] = _score(host, Update.of(read_adapter(folder)), held_out, progress)
         return DemoReport(scores, reports, _compare(assets, held_out, page, progress))
 
 
@@ -149,13 +149,13 @@ def _read_held_out(path: Path) -> _HeldOut:
     return _HeldOut(prompts["harmful"], prompts["benign"], prompts["task"], responses)
 
 
-def _score(host: Host, factors: Mapping[str, Factors], held_out: _HeldOut, progress: Progress) -> DemoScore:
+def _score(host: Host, update: Update, held_out: _HeldOut, progress: Progress) -> DemoScore:
     def answers(prompts: Sequence[str]) -> list[str]:
         texts = host.answers([host.encode(prompt) for prompt in prompts], NEW_TOKENS)
         progress.advance()
         return texts
 
-    with host.adapted(factors):
+    with host.adapted(update):
         harmful = [classify(text) for text in answers(held_out.harmful)]
         benign = [classify(text) for text in answers(held_out.benign)]
         task = answers(held_out.task)

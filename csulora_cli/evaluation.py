@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from csulora_cli import html
-from csulora_cli.adapter import Adapter, read_adapter
-from csulora_cli.engine.host import Factors, Host, choose_device
+from csulora_cli.adapter import read_adapter
+from csulora_cli.engine.attach import Update
+from csulora_cli.engine.host import Host, choose_device
 from csulora_cli.engine.judge import JudgePlan, load_judge, plan_judge
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.scoring import (
@@ -171,9 +172,9 @@ class _Evaluation:
 
     def _score_models(self) -> tuple[list[_Scored], dict[str, Any]]:
         settings = self.settings
-        host = open_host(
+        host, self.adapters = open_host(
             self.host_at,
-            [adapter.modules for adapter in self.adapters],
+            self.adapters,
             self.device,
             settings.dtype,
             settings.trust_remote_code,
@@ -187,17 +188,17 @@ class _Evaluation:
             )
         self.progress.stage("measure", (1 + len(self.adapters)) * encoded.steps)
 
-        def run(factors: Mapping[str, Factors]) -> ModelRun:
-            return run_model(host, encoded, factors, self.progress.advance)
+        def run(update: Update) -> ModelRun:
+            return run_model(host, encoded, update, self.progress.advance)
 
-        first, *others = (_factors(adapter) for adapter in self.adapters)
-        references = References(run({}), run(first))
+        first, *others = (Update.of(adapter) for adapter in self.adapters)
+        references = References(run(Update()), run(first))
         scored = [
             _scored("host", Role.HOST, self.host_at, references.host, references),
             _scored("adapter", Role.ADAPTER, self.adapters_at[0], references.adapter, references),
         ]
-        for key, location, factors in zip(self._keys, self.adapters_at[1:], others, strict=True):
-            scored.append(_scored(key, Role.REPAIRED, location, run(factors), references))
+        for key, location, update in zip(self._keys, self.adapters_at[1:], others, strict=True):
+            scored.append(_scored(key, Role.REPAIRED, location, run(update), references))
         return scored, self._settings_used(host, encoded)
 
     @property
@@ -299,10 +300,6 @@ def _check_answers_file(settings: EvalSettings) -> None:
 
 def _file_record(source: PromptSet | TaskSet) -> InputRecord:
     return InputRecord(source.name, None, {source.name: source.sha256})
-
-
-def _factors(adapter: Adapter) -> dict[str, Factors]:
-    return {module.name: Factors.of(module) for module in adapter.modules}
 
 
 def prompts_of_repair(folder: Path) -> tuple[str | None, str | None]:

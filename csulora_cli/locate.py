@@ -13,7 +13,15 @@ from csulora_cli.errors import HubError, InputError, UsageError
 from csulora_cli.files import is_regular
 from csulora_cli.text import printable
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "*.json", "*.jinja", "*.model", "*.txt")
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.*",
+    "adapters.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+)
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 CODE_FILES = ("*.py",)
 TOKENIZER_FILES = (

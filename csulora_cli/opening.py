@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from csulora_cli import html, writer
-from csulora_cli.adapter import Adapter, LoraModule
+from csulora_cli.adapter import Adapter, bind, with_weights
 from csulora_cli.checkpoint import CONFIG_NAME, weight_files
-from csulora_cli.engine.host import Host, check_modules, load_host
+from csulora_cli.engine.attach import weight_of
+from csulora_cli.engine.host import Host, load_host
 from csulora_cli.engine.memory import is_out_of_memory
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError, InputError, ResourceError, UsageError
 from csulora_cli.files import check_new_file, parse_json_object, read_bytes, sha256_of
+from csulora_cli.formats.structure import Structure, structure_of
 from csulora_cli.locate import CODE_FILES, MODEL_FILES, RUN_FILES, Location, files_matching, locate, public_name
 from csulora_cli.report import InputRecord
 from csulora_cli.text import printable
@@ -126,13 +128,16 @@ def check_model_config(location: Location, role: str) -> None:
 
 def open_host(
     location: Location,
-    adapters: Sequence[Sequence[LoraModule]],
+    adapters: Sequence[Adapter],
     device: torch.device,
     dtype: str,
     trust_remote_code: bool,
     progress: Progress,
-) -> Host:
-    """Load the host and check that it has the modules of all adapters.
+) -> tuple[Host, list[Adapter]]:
+    """Load the host and find the places of all adapters in it.
+
+    Returns:
+        The host, and the adapters bound to it.
 
     Raises:
         HostError: it cannot be loaded, or does not fit an adapter.
@@ -140,11 +145,18 @@ def open_host(
     progress.stage("host")
     host = load_host(location, device, dtype, trust_remote_code)
     host.batch_size.warn = progress.warn
-    for modules in adapters:
-        check_modules(host, modules)
+    structure = structure_of(host.model)
+    bound = [_bound(adapter, host, structure) for adapter in adapters]
     if not host.has_template:
         progress.warn("the host's tokenizer has no chat template; prompts are put as 'User: … Assistant:'")
-    return host
+    return host, bound
+
+
+def _bound(adapter: Adapter, host: Host, structure: Structure) -> Adapter:
+    bound = bind(adapter, structure)
+    if not bound.needs_weights:
+        return bound
+    return with_weights(bound, structure, lambda site: weight_of(host.model, site.place))
 
 
 def model_record(location: Location, role: str, *, is_run: bool, trust_remote_code: bool) -> InputRecord:

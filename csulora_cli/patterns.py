@@ -1,8 +1,9 @@
-"""`rank_pattern` and `alpha_pattern` as PEFT reads them, with a time limit.
+"""The regular expressions of an adapter's config as PEFT reads them, with a time limit.
 
-PEFT (0.15 and later) takes the first key, in file order, for which `re.match(rf"(.*\\.)?({key})$", name)` holds; both
-dicts are searched independently. The keys of a downloaded adapter are untrusted regular expressions, so each search
-may take `MATCH_SECONDS` at the most, and all searches of one adapter `TOTAL_SECONDS` (`time_limit`).
+PEFT (0.15 and later) takes the first key of `rank_pattern` or `alpha_pattern`, in file order, for which
+`re.match(rf"(.*\\.)?({key})$", name)` holds; both dicts are searched independently. The patterns of a downloaded
+adapter are untrusted regular expressions, so each search may take `MATCH_SECONDS` at the most, and all searches of one
+adapter `TOTAL_SECONDS` (`time_limit`).
 
 `regex` can stop a search, which `re` cannot, but it knows more syntax. What means something else to `re`, which is what
 PEFT searches with, is refused.
@@ -12,10 +13,11 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from typing import Any
 
 import regex
 
@@ -57,33 +59,54 @@ def value_for(pattern: Mapping[str, float], name: str, default: float, field: st
         AdapterError: a key is no regular expression, or matching it takes too long.
     """
     for key, value in pattern.items():
-        if len(key) > MAX_KEY:
-            raise AdapterError(
-                f"adapter_config.json: {field} key '{printable(key, 80)}' has {len(key)} characters",
-                f"At most {MAX_KEY} are read.",
-            )
-        try:
-            if _is_match(rf"(.*\.)?({key})$", name):
-                return value
-        except (regex.error, re.error, RecursionError, OverflowError, MemoryError) as error:
-            raise AdapterError(
-                f"adapter_config.json: {field} key '{printable(key)}' is no regular expression: {printable(error)}",
-                "Fix the key in adapter_config.json.",
-            ) from None
-        except TimeoutError:
-            raise AdapterError(
-                f"adapter_config.json: {field} key '{printable(key)}' takes too long to match",
-                "Write the module's plain name as the key in adapter_config.json.",
-            ) from None
+        if _match(key, rf"(.*\.)?({key})$", name, f"{field} key"):
+            return value
     return default
 
 
-def _is_match(pattern: str, name: str) -> bool:
-    _check_syntax(pattern)
-    seconds = min(MATCH_SECONDS, _deadline.get() - time.monotonic())
-    if seconds <= 0:
-        raise TimeoutError
-    return regex.match(pattern, name, timeout=seconds) is not None
+def matches_whole(pattern: str, name: str, field: str) -> bool:
+    """Whether a pattern matches all of a name.
+
+    Raises:
+        AdapterError: as `value_for`.
+    """
+    return _match(pattern, rf"(?:{pattern})\Z", name, field) is not None
+
+
+def first_match(patterns: Sequence[str], name: str, group: str, field: str) -> str | None:
+    """What a named group holds in the first of some patterns that matches the start of a name.
+
+    Raises:
+        AdapterError: as `value_for`.
+    """
+    for pattern in patterns:
+        if (found := _match(pattern, pattern, name, field)) is not None:
+            return str(found[group])
+    return None
+
+
+def _match(shown: str, pattern: str, name: str, field: str) -> Any:
+    if len(shown) > MAX_KEY:
+        raise AdapterError(
+            f"adapter_config.json: {field} '{printable(shown, 80)}' has {len(shown)} characters",
+            f"At most {MAX_KEY} are read.",
+        )
+    try:
+        _check_syntax(pattern)
+        seconds = min(MATCH_SECONDS, _deadline.get() - time.monotonic())
+        if seconds <= 0:
+            raise TimeoutError
+        return regex.match(pattern, name, timeout=seconds)
+    except (regex.error, re.error, RecursionError, OverflowError, MemoryError) as error:
+        raise AdapterError(
+            f"adapter_config.json: {field} '{printable(shown)}' is no regular expression: {printable(error)}",
+            "Fix it in adapter_config.json.",
+        ) from None
+    except TimeoutError:
+        raise AdapterError(
+            f"adapter_config.json: {field} '{printable(shown)}' takes too long to match",
+            "Write the module's plain name in its place in adapter_config.json.",
+        ) from None
 
 
 @lru_cache(maxsize=4096)

@@ -97,6 +97,27 @@ class ModuleRecord:
 
 
 @dataclass(frozen=True)
+class CarriedRecord:
+    """One tensor that is written as it was read because it is no low-rank update.
+
+    Attributes:
+        key: its name in the file.
+        effect: "replaces" a weight of the host, is a "copy" of one, is a "bias" that is added whatever the input is, or
+            is read in "training" only.
+        weight: what it replaces, copies or adds to; None for what only training reads.
+    """
+
+    key: str
+    effect: str
+    weight: str | None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it changes what the model does, beside the low-rank updates."""
+        return self.effect in ("replaces", "bias")
+
+
+@dataclass(frozen=True)
 class FixReport:
     """The result of `fix_adapter`; `to_dict` is what `csulora.json` and `--json` hold.
 
@@ -104,13 +125,16 @@ class FixReport:
         version: of csulora.
         out: the folder that was written.
         adapter_summary: rank, scale, dtype and number of modules, for people.
+        library: the library whose format the adapter has, "peft" or "mlx".
         inputs: adapter, host, and where used unaligned and prompts.
         settings: every setting as it was used.
         prompt_counts: harmful and benign prompts a split (empty if no prompt was used).
         strength: λ and how it came about.
         modules: one record a module.
         behaviour: host, adapter and repaired on the report prompts (empty if nothing was run).
-        tensors: how many tensors were changed and carried unchanged.
+        tensors: how many of the adapter's tensors were changed, unchanged, carried and dropped; they add up to total.
+        conversions: how the adapter was rewritten as plain LoRA before it was repaired, in words.
+        carried: what is no low-rank update and was written as it was read.
         files: SHA-256 of every file written, csulora.json aside.
         warnings: what was said on the way.
     """
@@ -118,6 +142,7 @@ class FixReport:
     version: str
     out: str
     adapter_summary: str
+    library: str
     inputs: Mapping[str, InputRecord]
     settings: Mapping[str, Any]
     prompt_counts: Mapping[str, Mapping[str, int]]
@@ -125,6 +150,8 @@ class FixReport:
     modules: Sequence[ModuleRecord]
     behaviour: Mapping[str, Behaviour] = field(default_factory=dict)
     tensors: Mapping[str, int] = field(default_factory=dict)
+    conversions: Sequence[str] = ()
+    carried: Sequence[CarriedRecord] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
@@ -142,7 +169,7 @@ class FixReport:
     @property
     def is_unchanged(self) -> bool:
         """Whether every tensor was written as it was read."""
-        return self.tensors.get("changed", 0) == 0
+        return self.tensors.get("changed", 0) == 0 and not self.conversions
 
     @property
     def failed_gates(self) -> list[str]:

@@ -28,6 +28,14 @@ class Geometry(StrEnum):
     KEEP_OUT = "keep-out"
 
 
+class DoraMode(StrEnum):
+    """What is done with the magnitudes of DoRA."""
+
+    KEEP = "keep"
+    MERGE_SVD = "merge-svd"
+    REFUSE = "refuse"
+
+
 class RankMode(StrEnum):
     """What keep-in does with the rank, which its closed form doubles."""
 
@@ -73,6 +81,9 @@ class FixSettings:
         revision: of the adapter on the Hub.
         trust_remote_code: let the host's own Python code run.
         overwrite: replace an existing output folder that holds an adapter, and an existing report.
+        dora: keep the gain that DoRA gives each row and repair the update beside it, or merge both into plain LoRA of
+            the same rank, or refuse such adapters.
+        strict: refuse an adapter that carries anything but low-rank updates.
 
     Raises:
         UsageError: a value out of range, or one that the chosen source does not read.
@@ -97,6 +108,8 @@ class FixSettings:
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    dora: DoraMode = DoraMode.KEEP
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not self.adapter:

@@ -64,6 +64,18 @@ def strength_lines(report: FixReport) -> list[str]:
     return [f"{value}, where it levels off; no value brought", f"KL(host ‖ repaired) down to {of}"]
 
 
+def carried_lines(report: FixReport) -> list[str]:
+    """What goes along as it was, one line a kind; each line fits beside a label."""
+    words = {
+        "replaces": "that replace weights of the host: not repaired",
+        "bias": "biases that act whatever the input is: not repaired",
+        "copy": "copies of weights of the host",
+        "training": "that only training reads",
+    }
+    counts = {effect: sum(1 for entry in report.carried if entry.effect == effect) for effect in words}
+    return [f"{count} tensors {words[effect]}" for effect, count in counts.items() if count]
+
+
 def verdict(report: FixReport) -> list[str]:
     """What came out, in sentences; only what was measured."""
     lines = []

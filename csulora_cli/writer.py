@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,10 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from csulora_cli.engine.host import Factors
+from csulora_cli.adapter import Adapter
+from csulora_cli.engine.attach import Factors
 from csulora_cli.errors import AdapterError, CsuloraError, ResourceError, UsageError
 from csulora_cli.files import is_regular, leaves_folder, read_bytes
+from csulora_cli.formats.config import CONFIG_NAME
+from csulora_cli.formats.magnitude import row_norms
+from csulora_cli.formats.site import Site
+from csulora_cli.formats.targets import Target
 from csulora_cli.locate import RUN_FILES
 from csulora_cli.solver.lowrank import pad_rank
 from csulora_cli.text import printable
@@ -154,44 +158,79 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-def stored_tensors(adapter: Adapter, factors: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def stored_tensors(
+    adapter: Adapter, factors: Mapping[str, Factors], weight_of: Callable[[Site], Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors to write, in the stored dtypes, and the config that goes with them.
 
     Where no rank changes, keys, shapes, dtypes and config are the input's, and a factor that did not change keeps its
     bits. Where ranks change, the uniform layout: one rank for all modules, a multiple of 16, alpha equal to it, so that
-    the scale is 1 everywhere, and every module written.
+    the scale is 1 everywhere, and every module written. Whatever is no factor is written as it was read, but for what
+    only training reads, which does not fit another rank.
 
-    Raises:
-        ResourceError: never; values that do not fit float16 are noticed by the check of what was written.
+    Args:
+        adapter: a bound one.
+        factors: of all sites.
+        weight_of: a site's weight in the host as (out, in); only DoRA needs it, whose magnitudes follow the factors.
     """
-    if all(factors[module.name].lora_a.shape == module.lora_a.shape for module in adapter.modules):
-        tensors = {}
-        for module in adapter.modules:
-            repaired = factors[module.name]
-            tensors[module.key_a] = repaired.lora_a.to(module.lora_a.dtype)
-            tensors[module.key_b] = repaired.lora_b.to(module.lora_b.dtype)
+    tensors = dict(adapter.tensors)
+    if all(factors[site.name].lora_a.shape == site.lora_a.shape for site in adapter.sites):
+        for target in adapter.targets:
+            pairs = [(factors[site.name].lora_a, factors[site.name].lora_b) for site in target.sites]
+            _put(tensors, target, pairs)
+            if target.magnitude is not None and weight_of is not None:
+                _put_magnitude(tensors, target, factors[target.sites[0].name], target.sites[0].scale, weight_of)
         return tensors, dict(adapter.config)
-    widest = max(factors[module.name].lora_a.shape[0] for module in adapter.modules)
+    widest = max(factors[site.name].lora_a.shape[0] for site in adapter.sites)
     rank = -(-widest // _RANK_MULTIPLE) * _RANK_MULTIPLE
-    tensors = {}
-    for module in adapter.modules:
-        repaired = factors[module.name]
-        root = abs(repaired.scale) ** 0.5  # half of the scale into each factor
-        lora_b, lora_a = pad_rank(repaired.lora_b.double() * root, repaired.lora_a.double() * root, rank)
-        tensors[module.key_a] = lora_a.to(module.lora_a.dtype)
-        tensors[module.key_b] = (lora_b if repaired.scale >= 0 else -lora_b).to(module.lora_b.dtype)
-    changes = {
-        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-        "init_lora_weights": True,
-    }  # fmt: skip
-    return tensors, {**adapter.config, **changes}
+    for target in adapter.targets:
+        _put(tensors, target, [_uniform(factors[site.name], rank) for site in target.sites])
+        if target.magnitude is not None and weight_of is not None:
+            _put_magnitude(tensors, target, factors[target.sites[0].name], 1.0, weight_of)
+        if target.key_bias is not None:  # the scale is 1 from here on
+            bias = tensors[target.key_bias]
+            tensors[target.key_bias] = (factors[target.sites[0].name].scale * bias.double()).to(bias.dtype)
+    for entry in adapter.carried:
+        if entry.weight is None:  # read in training only, and of the former rank
+            del tensors[entry.key]
+    return tensors, adapter.dialect.uniform(adapter.config, rank)
 
 
-def written_scale(config: Mapping[str, Any], adapter: Adapter, name: str) -> float:
-    """The scale of a module as the written config gives it."""
-    if config.get("r") == adapter.config.get("r") and config == adapter.config:
-        return next(module.scale for module in adapter.modules if module.name == name)
-    return float(config["lora_alpha"]) / float(config["r"])
+def _put_magnitude(
+    tensors: dict[str, Tensor],
+    target: Target,
+    repaired: Factors,
+    scale: float,
+    weight_of: Callable[[Site], Tensor],
+) -> None:
+    """B without the gain that it has in a site, and the magnitudes with which the gain stays what it was."""
+    (site,) = target.sites
+    if site.gain is None or target.key_magnitude is None or target.magnitude is None:
+        return
+    if repaired.lora_b is site.lora_b and scale == site.scale:
+        tensors[target.key_b] = target.lora_b
+        if repaired.lora_a is site.lora_a:
+            return
+    else:
+        stored = tensors[target.key_b].double()
+        lora_b = torch.where(site.gain[:, None] == 0, 0.0, stored / site.gain[:, None])
+        tensors[target.key_b] = lora_b.to(target.lora_b.dtype)
+    norms = row_norms(weight_of(site), tensors[target.key_a], tensors[target.key_b], scale)
+    magnitude = (site.gain * norms).to(target.magnitude.dtype)
+    tensors[target.key_magnitude] = magnitude.reshape(tensors[target.key_magnitude].shape)
+
+
+def _put(tensors: dict[str, Tensor], target: Target, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    lora_a, lora_b = target.layout.pack(pairs, target.lora_a.shape, target.lora_b.shape)
+    tensors[target.key_a] = lora_a.to(target.lora_a.dtype)
+    tensors[target.key_b] = lora_b.to(target.lora_b.dtype)
+
+
+def _uniform(repaired: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B at a larger rank, with the scale in them, half of it in each."""
+    root = abs(repaired.scale) ** 0.5
+    lora_b, lora_a = pad_rank(repaired.lora_b.double() * root, repaired.lora_a.double() * root, rank)
+    return lora_a, lora_b if repaired.scale >= 0 else -lora_b
 
 
 def serialise(tensors: Mapping[str, Tensor]) -> bytes:
@@ -210,7 +249,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     for path in sorted(source.resolve().iterdir()):
         if not any(fnmatch(path.name, pattern) for pattern in COMPANIONS) or not is_regular(path):
             continue
-        if path.name in (CARD_NAME, REPORT_NAME, CONFIG_NAME, WEIGHTS_NAME) or path.stat().st_size > MAX_COPIED_BYTES:
+        if path.name in (CARD_NAME, REPORT_NAME, CONFIG_NAME) or path.stat().st_size > MAX_COPIED_BYTES:
             continue
         if leaves_folder(path):
             continue
@@ -220,19 +259,19 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 
 def cast_error(
-    modules: Sequence[Any], promised: Mapping[str, Factors], stored: Mapping[str, Factors]
+    sites: Sequence[Site], promised: Mapping[str, Factors], stored: Mapping[str, Factors]
 ) -> dict[str, float]:
-    """‖X_stored − X‖ / ‖X‖ of every module (0 where X is 0)."""
+    """‖X_stored − X‖ / ‖X‖ of every site (0 where X is 0)."""
     from csulora_cli.solver.lowrank import squared_distance, squared_norm
 
     errors = {}
-    for module in modules:
-        want, have = promised[module.name], stored[module.name]
+    for site in sites:
+        want, have = promised[site.name], stored[site.name]
         norm = want.scale**2 * squared_norm(want.lora_b, want.lora_a)
         gap = squared_distance(
             want.scale * want.lora_b.double(), want.lora_a, have.scale * have.lora_b.double(), have.lora_a
         )
-        errors[module.name] = (gap / norm) ** 0.5 if norm > 0 else gap**0.5
+        errors[site.name] = (gap / norm) ** 0.5 if norm > 0 else gap**0.5
     return errors
 
 

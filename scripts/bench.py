@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from csulora_cli.adapter import LoraModule
 from csulora_cli.checkpoint import Checkpoint, WeightMatch
 from csulora_cli.engine.progress import Silent
 from csulora_cli.engine.weights_source import measure_displacements
+from csulora_cli.formats.site import Site
 from csulora_cli.solver.attenuate import by_moments, by_tokens
 
 
@@ -52,7 +52,7 @@ SHAPES = {"q_proj": (2048, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), 
           "gate_proj": (8192, 2048), "up_proj": (8192, 2048), "down_proj": (2048, 8192)}  # fmt: skip
 
 
-def make_pair(folder: Path, layers: int) -> list[LoraModule]:
+def make_pair(folder: Path, layers: int) -> list[Site]:
     """A host and an unaligned checkpoint in Llama-3.2-1B shapes, D of rank 200 with σᵢ ~ i^-0.7 and 5 % noise."""
     generator = torch.Generator().manual_seed(0)
     host, unaligned, modules = {}, {}, []
@@ -67,7 +67,7 @@ def make_pair(folder: Path, layers: int) -> list[LoraModule]:
             change *= 0.03 * weight.norm() / change.norm()
             unaligned[f"{name}.weight"] = weight.bfloat16()
             host[f"{name}.weight"] = (weight + change).bfloat16()
-            modules.append(LoraModule(name, torch.zeros(16, columns), torch.zeros(rows, 16), 16.0, 1.0))
+            modules.append(Site(name, torch.zeros(16, columns), torch.zeros(rows, 16), 16.0, 1.0))
     for role, tensors in (("host", host), ("unaligned", unaligned)):
         (folder / role).mkdir()
         save_file(tensors, folder / role / "model.safetensors", {"format": "pt"})

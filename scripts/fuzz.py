@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from csulora_cli.adapter import read_adapter
 from csulora_cli.errors import CsuloraError
+from csulora_cli.formats.config import CONFIG_NAME
+from csulora_cli.formats.dialect import PEFT
 from csulora_cli.settings import TABLES, read_config_file
 
 SECONDS = 10.0  # patterns have 5 s in all; nothing else takes long
@@ -194,7 +196,7 @@ def check_case(case: Case, folder: Path) -> str:
         Exception: anything else that the reader raises is a crash.
     """
     (folder / CONFIG_NAME).write_bytes(case.config)
-    (folder / WEIGHTS_NAME).write_bytes(case.weights)
+    (folder / PEFT.weights_name).write_bytes(case.weights)
     return _checked(lambda: _check_sound(read_adapter(folder)))
 
 
@@ -237,9 +239,9 @@ def _checked(read: Callable[[], None]) -> str:
 
 
 def _check_sound(adapter: Any) -> None:
-    if not adapter.modules:
+    if not adapter.sites:
         raise BrokenPromiseError("an adapter without modules")
-    for module in adapter.modules:
+    for module in adapter.sites:
         rank = module.lora_a.shape[0]
         if module.lora_b.shape[1] != rank or not math.isfinite(module.scale):
             raise BrokenPromiseError(f"{module.name!r} is not sound")

@@ -11,11 +11,18 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small threads only wait for one another
 
+import convolution_host
+import oracle
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from csulora_cli.cli.main import main
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write docs/formats.md from what the tests measure")
+
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}"
@@ -43,6 +50,29 @@ def make_tokenizer(template: str | None = TEMPLATE, more_words: str = "") -> Any
     return fast
 
 
+# What each kind of host is: its config class, and what differs from the common sizes.
+HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {}),
+    "gemma3": ("Gemma3TextConfig", {"tie_word_embeddings": True, "head_dim": 8, "sliding_window": 64}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": ("Qwen3MoeConfig", {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8,
+    }),
+    "gpt-oss": ("GptOssConfig", {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 64,
+    }),
+    "llava": ("LlavaConfig", {"image_token_index": 63, "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16,
+    }}),
+    "t5": ("T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+                        "decoder_start_token_id": 0}),
+}  # fmt: skip
+AUTO_CLASSES = {"llava": "AutoModelForImageTextToText", "t5": "AutoModelForSeq2SeqLM"}
+
+
 def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", template: str | None = TEMPLATE) -> Path:
     """A tiny random causal language model of some architecture, saved with its tokenizer."""
     import transformers
@@ -51,15 +81,18 @@ def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", templa
     common = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if kind == "gpt2":
         config: Any = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common)
+    elif kind == "convolution":
+        config = convolution_host.config(**common)
     else:
         sizes = {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "max_position_embeddings": 128, **common,
         }  # fmt: skip
-        tied = kind == "llama-tied"
-        name = {"llama": "LlamaConfig", "llama-tied": "LlamaConfig", "qwen2": "Qwen2Config"}[kind]
-        config = getattr(transformers, name)(tie_word_embeddings=tied, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+        name, own = HOSTS[kind]
+        if name == "LlavaConfig":
+            sizes = {"text_config": {"model_type": "llama", **sizes}, "pad_token_id": 0}
+        config = getattr(transformers, name)(**{"tie_word_embeddings": False, **sizes, **own})
+    model = getattr(transformers, AUTO_CLASSES.get(kind, "AutoModelForCausalLM")).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at constants: move them too
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -112,16 +145,19 @@ def make_classifier(folder: Path, labels: tuple[str, ...] = ("harmless", "harmfu
 def make_adapter(host: Path, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """An adapter that peft makes on a host, with random factors, saved by peft."""
     import peft
-    import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(host)
+    model = oracle.load(host)
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "CAUSAL_LM", **options}))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+            elif "lora_" in name:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
+            elif parameter.requires_grad:  # trained as a whole: weights, biases, rows of an embedding
+                parameter.add_(0.1 * torch.randn_like(parameter))
     wrapped = wrapped.to(dtype)
     wrapped.save_pretrained(folder)
     return folder

@@ -30,10 +30,12 @@ class Dense:
 
 
 def load(host: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The host through transformers."""
+    """The host through transformers, by the class that it was saved from."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(host, dtype=dtype).eval()
+    name = json.loads((host / "config.json").read_text())["architectures"][0]
+    kind = getattr(transformers, name, transformers.AutoModelForCausalLM)  # ours is known to the automatic class alone
+    return kind.from_pretrained(host, dtype=dtype).eval()
 
 
 def with_adapter(host: Path, adapter: Path) -> Any:
@@ -67,6 +69,16 @@ def merged_updates(host: Path, adapter: Path) -> dict[str, Tensor]:
         change = after.get_submodule(name).weight.double() - before.get_submodule(name).weight.double()
         updates[name] = (change.mT if dense.is_conv1d else change).detach()
     return updates
+
+
+def weight_changes(host: Path, adapter: Path) -> dict[str, Tensor]:
+    """W' − W of every adapted layer as peft merges it, whatever its kind, (out, in), float64."""
+    before, after = load(host), with_adapter(host, adapter).merge_and_unload()
+    return {
+        name: (after.get_submodule(name).weight.double() - before.get_submodule(name).weight.double()).detach()
+        for name, layer in with_adapter(host, adapter).base_model.model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
 
 
 def weights(host: Path, modules: Mapping[str, Dense]) -> dict[str, Tensor]:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from csulora_cli.adapter import LoraModule
 from csulora_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, WeightMatch, match_weights, weight_files
 from csulora_cli.errors import HostError
+from csulora_cli.formats.site import Site
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def lora(name: str, out_features: int = 6, in_features: int = 4) -> LoraModule:
-    return LoraModule(name, torch.zeros(2, in_features), torch.zeros(out_features, 2), 2.0, 1.0)
+def lora(name: str, out_features: int = 6, in_features: int = 4) -> Site:
+    return Site(name, torch.zeros(2, in_features), torch.zeros(out_features, 2), 2.0, 1.0)
 
 
 def single(folder: Path, shapes: Shapes) -> Path:
@@ -31,12 +31,12 @@ def index(folder: Path, weight_map: Any) -> Path:
     return folder
 
 
-def matched(folder: Path, *modules: LoraModule, fan_in_fan_out: bool = False) -> dict[str, WeightMatch]:
+def matched(folder: Path, *modules: Site, fan_in_fan_out: bool = False) -> dict[str, WeightMatch]:
     with Checkpoint(folder, "host") as checkpoint:
         return match_weights(modules, checkpoint, fan_in_fan_out)
 
 
-def refused(folder: Path, *modules: LoraModule) -> HostError:
+def refused(folder: Path, *modules: Site) -> HostError:
     with pytest.raises(HostError) as caught:
         matched(folder, *modules)
     error = caught.value

@@ -209,9 +209,9 @@ FAILURES: dict[str, tuple[Prepare, int, str]] = {
     "pickle only": (_after(_pickle_only), 4, "has only adapter_model.bin, a pickle"),
     "NaN in the adapter": (_after(lambda w: w.edit_tensors(_spoil)), 4, "holds NaN or Inf"),
     "another rank": (_after(lambda w: w.edit(r=5)), 4, "should have rank 5"),
-    "DoRA": (_after(_dora), 4, "DoRA"),
-    "modules_to_save": (_after(_modules_to_save), 4, "modules_to_save"),
-    "full weight": (_after(_add_tensor("model.norm.weight")), 4, "is a full weight"),
+    "DoRA": (lambda w: [*_after(_dora)(w), "--dora", "refuse"], 4, "DoRA"),
+    "carried and strict": (lambda w: [*_after(_modules_to_save)(w), "--strict"], 4, "--strict: the adapter carries 1"),
+    "no PEFT name": (_after(_add_tensor("model.norm.weight")), 4, "is not named as PEFT names"),
     "no LoRA": (_after(lambda w: w.edit(peft_type="IA3")), 4, 'peft_type "IA3"'),
     "no base named": (_fix_without("--base"), 4, "the base model that the adapter names cannot be used"),
     "no base at all": (
@@ -220,11 +220,11 @@ FAILURES: dict[str, tuple[Prepare, int, str]] = {
         "does not name its base model",
     ),
     "base is not here": (_replaced("--base", lambda _: "./nowhere"), 4, "./nowhere is neither a folder"),
-    "other architecture": (_replaced("--base", _host("gpt2")), 4, "0 of 14 adapted modules exist in the host"),
+    "other architecture": (_replaced("--base", _host("gpt2")), 4, "14 of 14 adapted modules are not in the host"),
     "other architecture, by prompts": (
         _replaced("--base", _host("gpt2"), by="by_prompts"),
         4,
-        "0 of 14 adapted modules exist in the host",
+        "14 of 14 adapted modules are not in the host",
     ),
     "other size": (_replaced("--base", _smaller_host), 4, "but the adapter changes a weight of"),
     "unaligned of another size": (_replaced("--unaligned", _smaller_host), 4, "of the unaligned model is"),
@@ -566,6 +566,7 @@ def _evil_adapter(world: World) -> None:
             tensors[key.replace("up_proj", EVIL)] = tensors.pop(key)
 
     world.edit_tensors(rename)
+    world.edit(target_modules=None)  # no list of names, so that names beside the usual ones count as well
 
 
 def _evil_model(source: Path, folder: Path) -> Path:

@@ -58,7 +58,7 @@ def of(report: CompareReport, method: str) -> list[Point]:
 def test_every_method_is_scored_at_its_strengths(make: Make, task: Path) -> None:
     report = compare_methods(make(task=task))
     assert [method.name for method in report.methods] == list(REGISTRY)
-    modules = len(read_adapter(Path(make().adapter)).modules)
+    modules = len(read_adapter(Path(make().adapter)).sites)
     for name, method in REGISTRY.items():
         points = of(report, name)
         assert {point.strength for point in points} >= set(method.strengths(2, modules))

@@ -10,13 +10,13 @@ import pytest
 from conftest import make_adapter, make_classifier, make_guard
 from scipy.stats import binomtest
 
-from csulora_cli.adapter import WEIGHTS_NAME
 from csulora_cli.api import fix_adapter
 from csulora_cli.engine.host import Host
 from csulora_cli.errors import AdapterError, CsuloraError, HostError, PromptsError, UsageError
 from csulora_cli.eval_report import EvalReport, Role
 from csulora_cli.evaluation import evaluate_adapters, judge_score, prompts_of_repair
 from csulora_cli.files import sha256_of
+from csulora_cli.formats.dialect import PEFT
 from csulora_cli.promptset import PromptSet, load_prompts
 from csulora_cli.refusals import RefusalTest
 from csulora_cli.scores import RetentionKind
@@ -259,7 +259,7 @@ def test_one_adapter_alone_and_many(world: World) -> None:
 
 
 def test_inputs_and_settings_are_recorded(world: World, report: EvalReport) -> None:
-    assert report.inputs["repaired"].sha256[WEIGHTS_NAME] == sha256_of(world.repaired / WEIGHTS_NAME)
+    assert report.inputs["repaired"].sha256[PEFT.weights_name] == sha256_of(world.repaired / PEFT.weights_name)
     assert report.inputs["host"].sha256["model.safetensors"]
     for key, path in (("prompts", world.settings.prompts), ("task", world.settings.task)):
         assert path is not None
@@ -422,7 +422,7 @@ def test_a_run_that_fails_leaves_no_answers(world: World, monkeypatch: pytest.Mo
 
 def test_an_adapter_of_another_host_is_refused(world: World, hosts: Callable[..., Path], tmp_path: Path) -> None:
     other = make_adapter(hosts("gpt2"), tmp_path / "other")
-    with pytest.raises(HostError, match="adapted modules are not in the loaded host"):
+    with pytest.raises(HostError, match="adapted modules are not in the host"):
         world.run(adapters=(*world.settings.adapters, str(other)))
 
 

@@ -90,7 +90,7 @@ def test_report_is_plain_json_and_lies_beside_the_adapter(settings: Callable[...
 def test_counts_add_up(settings: Callable[..., FixSettings]) -> None:
     report = fix_adapter(settings(strength=2.0))
     assert len(report.modules) == 14
-    assert report.tensors == {"changed": 14, "unchanged": 14, "total": 28}  # every A, no B
+    assert report.tensors == {"changed": 14, "unchanged": 14, "carried": 0, "dropped": 0, "total": 28}  # every A, no B
     assert report.prompt_counts == {
         "directions": {"harmful": 8, "benign": 8},
         "tuning": {"harmful": 4, "benign": 4},

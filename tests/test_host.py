@@ -1,5 +1,6 @@
 """The host: encoding, first-token probabilities, greedy answers and adapters applied by hooks, against plain loops."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import torch
 from conftest import TEMPLATE, make_tokenizer
 from torch import Tensor
 
-from csulora_cli.adapter import read_adapter
-from csulora_cli.engine.host import PLAIN_TEMPLATE, Factors, Host, check_modules, choose_device, load_host
+from csulora_cli.adapter import bind, read_adapter
+from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.host import PLAIN_TEMPLATE, Host, choose_device, load_host
 from csulora_cli.errors import HostError, UsageError
+from csulora_cli.formats.structure import structure_of
 from csulora_cli.locate import Location
 
 CPU = torch.device("cpu")
@@ -219,11 +222,10 @@ def test_an_adapted_host_is_the_peft_model(
 ) -> None:
     adapter = adapters(kind, **options)
     host = opened(hosts(kind))
-    modules = read_adapter(adapter).modules
-    check_modules(host, modules)
+    modules = bind(read_adapter(adapter), structure_of(host.model)).sites
     token_lists = [host.encode(prompt) for prompt in PROMPTS]
     before = host.first_token_log_probs(token_lists)
-    with host.adapted({module.name: Factors.of(module) for module in modules}):
+    with host.adapted(Update({module.name: Factors.of(module) for module in modules})):
         adapted = host.first_token_log_probs(token_lists)
         answers = host.answers(token_lists, 4)
     theirs = oracle.with_adapter(hosts(kind), adapter)
@@ -236,12 +238,13 @@ def test_an_adapted_host_is_the_peft_model(
 
 def test_hooks_go_also_when_something_fails(hosts: Callable[..., Path], adapters: Callable[..., Path]) -> None:
     host = opened(hosts("llama"))
-    factors = {module.name: Factors.of(module) for module in read_adapter(adapters("llama")).modules}
-    with pytest.raises(KeyError), host.adapted(factors):
+    factors = {module.name: Factors.of(module) for module in read_adapter(adapters("llama")).sites}
+    with pytest.raises(KeyError), host.adapted(Update(factors)):
         raise KeyError
     assert has_no_hooks(host)
-    broken = {**factors, "model.layers.7.mlp.up_proj": next(iter(factors.values()))}
-    with pytest.raises(HostError, match="has no module"), host.adapted(broken):
+    name = "model.layers.7.mlp.up_proj"
+    broken = {**factors, name: dataclasses.replace(next(iter(factors.values())), place=None)}
+    with pytest.raises(HostError, match="has no module"), host.adapted(Update(broken)):
         pass
     assert has_no_hooks(host)
 
@@ -254,9 +257,8 @@ def has_no_hooks(host: Host) -> bool:
 
 
 def test_modules_that_do_not_fit_the_host_are_named(hosts: Callable[..., Path], adapters: Callable[..., Path]) -> None:
-    modules = read_adapter(adapters("llama")).modules
-    with pytest.raises(HostError, match=r"14 of 14 adapted modules are not in the loaded host: model\.layers\.0"):
-        check_modules(opened(hosts("gpt2")), modules)
+    with pytest.raises(HostError, match=r"14 of 14 adapted modules are not in the host: the adapter has model\.la"):
+        bind(read_adapter(adapters("llama")), structure_of(opened(hosts("gpt2")).model))
 
 
 @pytest.mark.parametrize(

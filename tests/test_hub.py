@@ -116,7 +116,7 @@ def test_offline_takes_the_cache(offline: Path, adapters: Callable[..., Path]) -
     found = locate("org/name", ADAPTER_FILES)
     assert found.folder == snapshot
     assert (found.repo_id, found.commit, found.name, found.label) == ("org/name", COMMIT, "name", "org/name")
-    assert len(read_adapter(found.folder).modules) == 14
+    assert len(read_adapter(found.folder).sites) == 14
 
 
 @pytest.mark.parametrize(("given", "revision"), [("org/name@v1", None), ("org/name", "v1"), ("org/name@v1", "v1")])
@@ -274,7 +274,7 @@ def test_an_adapter_is_fetched_and_cached(hub: Hub, adapters: Callable[..., Path
     hub.repositories["org/name"] = source
     found = locate("org/name", ADAPTER_FILES)
     assert (found.repo_id, found.commit) == ("org/name", COMMIT)
-    assert len(read_adapter(found.folder).modules) == 14
+    assert len(read_adapter(found.folder).sites) == 14
     assert "adapter_model.safetensors" in hub.fetched
     assert not {"optimizer.pt", "evil.py"} & set(hub.fetched)
     hub.fetched.clear()

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from csulora_cli import methods
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
-from csulora_cli.engine.inputs import Moments
+from csulora_cli.engine.attach import Factors
+from csulora_cli.engine.inputs import Form, Moments
 from csulora_cli.errors import UsageError
+from csulora_cli.formats.site import Site
 from csulora_cli.methods import REGISTRY, choose, lssf, random_subspace, rotated, s3lora, safelora, safelora_projector
 from csulora_cli.methods.method import (
     DirectionsMethod,
@@ -40,7 +40,7 @@ ENERGY = 0.9
 class Case:
     """Some modules, the displacements of their weights, and the inputs that they read, all with some scale."""
 
-    modules: tuple[LoraModule, ...]
+    modules: tuple[Site, ...]
     displacements: dict[str, Tensor]
     moments: Moments
 
@@ -59,7 +59,7 @@ def draw_case(seed: int, count: int, out: int, width: int, rank: int, size: floa
     for index in range(count):
         name = f"layers.{index}.proj"
         scale = 0.5 + index
-        modules.append(LoraModule(name, draw(rank, width).float(), draw(out, rank).float(), scale * rank, scale))
+        modules.append(Site(name, draw(rank, width).float(), draw(out, rank).float(), scale * rank, scale))
         decay = torch.arange(1, min(out, width) + 1, dtype=torch.float64).pow(-1.5)
         displacements[name] = size * draw(out, min(out, width)) * decay @ draw(min(out, width), width)
     harmful, benign = draw(width, 3 * width), draw(width, 2 * width)
@@ -68,7 +68,11 @@ def draw_case(seed: int, count: int, out: int, width: int, rank: int, size: floa
         harmful, benign = harmful @ harmful.mT, benign @ benign.mT
     else:
         harmful, benign = harmful[:, : width // 2 + 1], benign[:, :2]
-    return Case(tuple(modules), displacements, Moments(harmful / width, benign / width, are_tokens))
+    return Case(
+        tuple(modules),
+        displacements,
+        Moments(harmful / width, benign / width, Form.TOKENS if are_tokens else Form.MOMENT),
+    )
 
 
 CASES = st.builds(
@@ -101,7 +105,7 @@ def dense(factors: Factors) -> Tensor:
     return factors.scale * factors.lora_b.double() @ factors.lora_a.double()
 
 
-def update(module: LoraModule) -> Tensor:
+def update(module: Site) -> Tensor:
     return dense(Factors.of(module))
 
 
@@ -339,7 +343,7 @@ def test_s3lora_empties_the_sharpest_modules(case: Case) -> None:
 @given(CASES, st.sampled_from([0.5, 4.0, 64.0]))
 def test_prompts_is_the_closed_form(case: Case, strength: float) -> None:
     harmful, benign = case.moments.harmful, case.moments.benign
-    if case.moments.are_tokens:
+    if case.moments.form is Form.TOKENS:
         harmful, benign = harmful @ harmful.mT, benign @ benign.mT
     identity = torch.eye(len(harmful), dtype=torch.float64)
     filtering = (identity + benign) @ torch.linalg.inv(identity + benign + strength * harmful)
@@ -418,7 +422,7 @@ def test_a_rotation_keeps_the_spectrum_and_turns_the_directions(case: Case) -> N
     assert torch.equal(turned.benign, moments.benign)
     before, after = moments.harmful, turned.harmful
     assert after.shape == before.shape
-    if moments.are_tokens:
+    if moments.form is Form.TOKENS:
         assert close(after.mT @ after, before.mT @ before, 1e-9)
         before, after = before @ before.mT, after @ after.mT
     assert close(torch.linalg.eigvalsh(after), torch.linalg.eigvalsh(before), 1e-9)

@@ -229,7 +229,7 @@ def test_strength_zero_keeps_every_bit(
     assert all(same_bits(before[key], after[key]) for key in before)
     assert (out / CONFIG).read_bytes() == (adapter / CONFIG).read_bytes()
     assert report.is_unchanged
-    assert report.tensors == {"changed": 0, "unchanged": len(before), "total": len(before)}
+    assert report.tensors == {"changed": 0, "unchanged": len(before), "carried": 0, "dropped": 0, "total": len(before)}
     assert report.moved == 0
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from csulora_cli.adapter import read_adapter
-from csulora_cli.engine.host import Factors, Host, load_host
+from csulora_cli.engine.attach import Update
+from csulora_cli.engine.host import Host, load_host
 from csulora_cli.engine.scoring import (
     EncodedTask,
     KindRun,
@@ -57,8 +58,8 @@ def host(hosts: Callable[..., Path]) -> Host:
 
 
 @pytest.fixture(scope="module")
-def factors(adapters: Callable[..., Path]) -> dict[str, Factors]:
-    return {module.name: Factors.of(module) for module in read_adapter(adapters("llama")).modules}
+def update(adapters: Callable[..., Path]) -> Update:
+    return Update.of(read_adapter(adapters("llama")))
 
 
 def logs(*rows: list[float]) -> torch.Tensor:
@@ -238,12 +239,12 @@ def test_without_a_template_the_stop_token_is_appended(hosts: Callable[..., Path
     assert host.tokenizer.convert_ids_to_tokens(host.encode_answer("w5", "w2 w3")) == ["w2", "w3", "</s>"]
 
 
-def test_a_run_holds_what_the_host_gives_by_itself(host: Host, factors: dict[str, Factors]) -> None:
+def test_a_run_holds_what_the_host_gives_by_itself(host: Host, update: Update) -> None:
     prompts = encode_scoring(host, PROMPTS, answer_tokens=3)
     steps: list[int] = []
-    run = run_model(host, prompts, factors, steps.append)
+    run = run_model(host, prompts, update, steps.append)
     assert sum(steps) == prompts.steps == 3 + 2 + 4 + 2
-    with host.adapted(factors):
+    with host.adapted(update):
         assert run.harmful.answers == tuple(host.answers(prompts.harmful, 3))
         assert torch.equal(run.general.log_probs, host.first_token_log_probs(prompts.general))
         assert prompts.task is not None
@@ -252,10 +253,10 @@ def test_a_run_holds_what_the_host_gives_by_itself(host: Host, factors: dict[str
     assert run.task.nll == pytest.approx(sum(nll) / (3 + 5))  # with the stop tokens
 
 
-def test_host_and_adapter_score_as_the_ends_of_the_scale(host: Host, factors: dict[str, Factors]) -> None:
+def test_host_and_adapter_score_as_the_ends_of_the_scale(host: Host, update: Update) -> None:
     prompts = encode_scoring(host, PROMPTS, answer_tokens=3)
-    references = References(run_model(host, prompts, {}), run_model(host, prompts, factors))
-    scores = [score_model(host, prompts, each, references) for each in ({}, factors)]
+    references = References(run_model(host, prompts, Update()), run_model(host, prompts, update))
+    scores = [score_model(host, prompts, each, references) for each in (Update(), update)]
     assert scores == [score_run(references.host, references), score_run(references.adapter, references)]
     assert scores[0].harmful.kl_to_host == scores[1].general.kl_to_adapter == 0.0
     assert scores[0].general.kl_to_adapter > 0 < scores[1].general.kl_to_host
@@ -264,7 +265,7 @@ def test_host_and_adapter_score_as_the_ends_of_the_scale(host: Host, factors: di
 def test_general_prompts_that_are_the_lookalikes_run_once(host: Host) -> None:
     same = encode_scoring(host, ScoringPrompts.of(Prompts(PROMPTS.harmful, PROMPTS.lookalikes, ())), answer_tokens=2)
     steps: list[int] = []
-    run = run_model(host, same, {}, steps.append)
+    run = run_model(host, same, Update(), steps.append)
     assert run.general is run.lookalikes
     assert sum(steps) == same.steps == 3 + 2
 

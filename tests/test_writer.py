@@ -13,9 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from csulora_cli.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, modules_from
-from csulora_cli.engine.host import Factors
+from csulora_cli.adapter import Adapter
+from csulora_cli.engine.attach import Factors
 from csulora_cli.errors import ResourceError, UsageError
+from csulora_cli.formats.config import CONFIG_NAME
+from csulora_cli.formats.dialect import PEFT
+from csulora_cli.formats.targets import find_targets
 from csulora_cli.writer import (
     CARD_NAME,
     REPORT_NAME,
@@ -26,10 +29,11 @@ from csulora_cli.writer import (
     serialise,
     staged,
     stored_tensors,
-    written_scale,
 )
 
 # Staging
+
+WEIGHTS_NAME = PEFT.weights_name
 
 
 @pytest.fixture
@@ -351,12 +355,12 @@ def adapter_of(config: dict[str, Any], ranks: dict[str, int], dtype: torch.dtype
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, 40, generator=generator).to(dtype)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(50, rank, generator=generator).to(dtype)
     config = {"peft_type": "LORA", **config}
-    return Adapter(Path("adapter"), config, modules_from(config, tensors), {})
+    return Adapter(Path("adapter"), config, tensors, PEFT, find_targets(config, tensors), (), (), {})
 
 
 def grown(adapter: Adapter, name: str, rank: int) -> Factors:
     """A repaired update of another rank, at the module's own scale."""
-    (module,) = [module for module in adapter.modules if module.name == name]
+    (module,) = [module for module in adapter.sites if module.name == name]
     generator = torch.Generator().manual_seed(1)
     factors = torch.randn(rank, 40, generator=generator), torch.randn(50, rank, generator=generator)
     return Factors(*factors, module.scale)
@@ -365,24 +369,21 @@ def grown(adapter: Adapter, name: str, rank: int) -> Factors:
 def test_the_same_ranks_keep_layout_config_dtype_and_bits() -> None:
     config = {"r": 4, "lora_alpha": 6, "rank_pattern": {"b": 2}, "custom": None}
     adapter = adapter_of(config, {"a": 4, "b": 2}, torch.bfloat16)
-    factors = {module.name: Factors.of(module) for module in adapter.modules}
+    factors = {module.name: Factors.of(module) for module in adapter.sites}
     tensors, written = stored_tensors(adapter, factors)
     assert written == adapter.config
     assert written is not adapter.config
     assert list(written) == list(adapter.config)
-    assert set(tensors) == {key for module in adapter.modules for key in (module.key_a, module.key_b)}
-    for module in adapter.modules:
-        assert torch.equal(tensors[module.key_a], module.lora_a)
-        assert torch.equal(tensors[module.key_b], module.lora_b)
-        assert written_scale(written, adapter, module.name) == module.scale
+    assert tensors.keys() == adapter.tensors.keys()
+    assert all(torch.equal(tensors[key], adapter.tensors[key]) for key in tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_repaired_factor_is_cast_to_the_stored_dtype_once(dtype: torch.dtype) -> None:
     adapter = adapter_of({"r": 4, "lora_alpha": 6}, {"a": 4}, dtype)
-    repaired = Factors(adapter.modules[0].lora_a.double() / 3, adapter.modules[0].lora_b, 1.5)
+    repaired = Factors(adapter.sites[0].lora_a.double() / 3, adapter.sites[0].lora_b, 1.5)
     tensors, _ = stored_tensors(adapter, {"a": repaired})
-    assert torch.equal(tensors[adapter.modules[0].key_a], repaired.lora_a.to(dtype))
+    assert torch.equal(tensors[adapter.targets[0].key_a], repaired.lora_a.to(dtype))
 
 
 @pytest.mark.parametrize("config", [{"lora_alpha": 12}, {"lora_alpha": 4}, {"lora_alpha": -6}, {"lora_alpha": 0}])
@@ -397,7 +398,7 @@ def test_grown_ranks_give_the_uniform_layout_and_the_same_updates(
         "init_lora_weights": "gaussian", "target_modules": ["a", "b", "c"],
     }  # fmt: skip
     adapter = adapter_of(settings, ranks)
-    factors = {"a": grown(adapter, "a", 8), "b": grown(adapter, "b", 4), "c": Factors.of(adapter.modules[2])}
+    factors = {"a": grown(adapter, "a", 8), "b": grown(adapter, "b", 4), "c": Factors.of(adapter.sites[2])}
     tensors, written = stored_tensors(adapter, factors)
     changed = {
         "r": 16, "lora_alpha": 16, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
@@ -405,10 +406,9 @@ def test_grown_ranks_give_the_uniform_layout_and_the_same_updates(
     }  # fmt: skip
     assert written == {**adapter.config, **changed}
     assert type(written["r"]) is type(written["lora_alpha"]) is int
-    for module in modules_from(written, tensors):  # read back by PEFT's rules
+    for (module,) in (target.sites for target in find_targets(written, tensors)):  # read back by PEFT's rules
         wanted = factors[module.name]
         assert (module.rank, module.scale) == (16, 1.0)
-        assert written_scale(written, adapter, module.name) == 1.0
         have, want = module.lora_b @ module.lora_a, wanted.scale * wanted.lora_b @ wanted.lora_a
         assert torch.allclose(have, want, rtol=1e-4, atol=1e-4)
 
@@ -448,28 +448,28 @@ def test_what_is_serialised_reads_back(dtype: torch.dtype) -> None:
 
 def test_cast_errors_are_relative_to_the_update() -> None:
     adapter = adapter_of({"r": 4, "lora_alpha": 6}, {"a": 4, "b": 4})
-    promised = {module.name: Factors.of(module) for module in adapter.modules}
+    promised = {module.name: Factors.of(module) for module in adapter.sites}
     stored = {
         "a": promised["a"],
         "b": Factors(promised["b"].lora_a, promised["b"].lora_b * 1.01, promised["b"].scale),
     }
-    errors = cast_error(adapter.modules, promised, stored)
+    errors = cast_error(adapter.sites, promised, stored)
     assert errors["a"] == pytest.approx(0.0, abs=1e-12)
     assert errors["b"] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_cast_errors_see_a_wrong_scale_and_a_zero_update() -> None:
     adapter = adapter_of({"r": 4, "lora_alpha": 6}, {"a": 4})
-    promised = Factors.of(adapter.modules[0])
+    promised = Factors.of(adapter.sites[0])
     doubled = Factors(promised.lora_a, promised.lora_b, 2 * promised.scale)
-    assert cast_error(adapter.modules, {"a": promised}, {"a": doubled})["a"] == pytest.approx(1.0)
+    assert cast_error(adapter.sites, {"a": promised}, {"a": doubled})["a"] == pytest.approx(1.0)
     nothing = Factors(promised.lora_a * 0, promised.lora_b, promised.scale)
-    assert cast_error(adapter.modules, {"a": nothing}, {"a": nothing})["a"] == 0.0
+    assert cast_error(adapter.sites, {"a": nothing}, {"a": nothing})["a"] == 0.0
 
 
 def test_values_that_overflow_the_stored_dtype_are_seen() -> None:
     adapter = adapter_of({"r": 4, "lora_alpha": 6}, {"a": 4}, torch.float16)
-    module = adapter.modules[0]
+    module = adapter.sites[0]
     tensors, _ = stored_tensors(adapter, {"a": Factors(module.lora_a.float() * 1e6, module.lora_b, module.scale)})
     assert not is_finite(tensors)
     assert is_finite(stored_tensors(adapter, {"a": Factors.of(module)})[0])

@@ -8,7 +8,7 @@ import typer
 from csulora_cli import wording
 from csulora_cli.cli import console
 from csulora_cli.report import FixReport
-from csulora_cli.settings import FixSettings, Geometry, RankMode, Source, read_config_file
+from csulora_cli.settings import DoraMode, FixSettings, Geometry, RankMode, Source, read_config_file
 from csulora_cli.text import printable
 
 _DIRECTIONS = "Where the directions come from"
@@ -118,6 +118,22 @@ def fix(
             "--overwrite", help="Replace an adapter in the output folder, and a report.", rich_help_panel=_OUTPUT
         ),
     ] = None,
+    dora: Annotated[
+        DoraMode | None,
+        typer.Option(
+            help="DoRA: keep the gain of each row and repair the update beside it, merge both into plain LoRA of the "
+            "same rank, or refuse. Default: keep.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict",
+            help="Refuse an adapter that carries full weights or biases, which a repair leaves as they are.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     is_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -169,6 +185,8 @@ def fix(
         "out": out,
         "report": report,
         "overwrite": overwrite,
+        "dora": dora,
+        "strict": strict,
         "device": device,
         "dtype": dtype,
         "revision": revision,
@@ -232,6 +250,8 @@ def _head(report: FixReport) -> list[tuple[str, str]]:
     rows = [("adapter", names["adapter"]), ("", printable(report.adapter_summary)), ("host", names["host"])]
     if "unaligned" in names:
         rows.append(("unaligned", names["unaligned"]))
+    rows += [("" if place else "rewritten", line) for place, line in enumerate(report.conversions)]
+    rows += [("carried" if not place else "", line) for place, line in enumerate(wording.carried_lines(report))]
     rows.append(("source", _source_line(report)))
     first, *more = wording.strength_lines(report)
     rows += [("strength", first), *(("", line) for line in more)]
@@ -255,6 +275,8 @@ def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:
         adapter, unaligned = console.word(settings.adapter), console.word(settings.unaligned or "")
         out = f" --out {folder}" if settings.out else ""
         return f"csulora fix {adapter} --base {base} --unaligned {unaligned} --strength auto{out} --overwrite"
+    if report.library == "mlx":
+        return f"mlx_lm.generate --model {base} --adapter-path {folder} --prompt 'Hello'"
     rank = max(module.rank for module in report.modules)
     ranks = f" --max-lora-rank {rank}" if rank > VLLM_MAX_RANK else ""
     return f"vllm serve {base} --enable-lora{ranks} --lora-modules repaired={folder}"

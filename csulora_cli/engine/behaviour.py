@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from csulora_cli.engine.host import Factors, Host
+from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.host import Host
 from csulora_cli.engine.inputs import Encoded
 from csulora_cli.engine.measure import contrast, mean_kl
 from csulora_cli.engine.progress import Progress
@@ -19,9 +20,10 @@ class KlJudge:
         adapter_kl: KL(host ‖ adapter) on harmful prompts, nats.
     """
 
-    def __init__(self, host: Host, prompts: Encoded, adapter: Mapping[str, Factors]) -> None:
+    def __init__(self, host: Host, prompts: Encoded, adapter: Update) -> None:
         self._host = host
         self._prompts = prompts
+        self._adapter = adapter
         self._host_harmful = host.first_token_log_probs(prompts.harmful)
         with host.adapted(adapter):
             self._adapter_benign = host.first_token_log_probs(prompts.benign)
@@ -29,7 +31,7 @@ class KlJudge:
 
     def judge(self, factors: Mapping[str, Factors]) -> tuple[float, float]:
         """KL(host ‖ repaired) on harmful prompts and KL(adapter ‖ repaired) on benign ones, nats."""
-        with self._host.adapted(factors):
+        with self._host.adapted(self._adapter.repaired(factors)):
             harmful = mean_kl(self._host_harmful, self._host.first_token_log_probs(self._prompts.harmful))
             benign = mean_kl(self._adapter_benign, self._host.first_token_log_probs(self._prompts.benign))
         return harmful, benign
@@ -38,16 +40,16 @@ class KlJudge:
 def measure_behaviour(
     host: Host,
     prompts: Encoded,
-    adapter: Mapping[str, Factors],
+    adapter: Update,
     repaired: Mapping[str, Factors],
     progress: Progress,
 ) -> dict[str, Behaviour]:
     """Measure all three on prompts that gave no direction and chose no λ."""
-    models: dict[str, Mapping[str, Factors]] = {"host": {}, "adapter": adapter, "repaired": repaired}
+    models = {"host": Update(), "adapter": adapter, "repaired": adapter.repaired(repaired)}
     progress.stage("measure", len(models) * (len(prompts.harmful) + len(prompts.benign)))
     harmful, benign = {}, {}
-    for name, factors in models.items():
-        with host.adapted(factors):
+    for name, update in models.items():
+        with host.adapted(update):
             harmful[name] = run_kind(host, prompts.harmful, ANSWER_TOKENS, progress.advance)
             benign[name] = run_kind(host, prompts.benign, ANSWER_TOKENS, progress.advance)
     return {

@@ -1,4 +1,4 @@
-"""What an update and its repair do, module by module, recomputed from factors alone and from scratch.
+"""What an update and its repair do, site by site, recomputed from factors alone and from scratch.
 
 These are the numbers of the report, and the check of the written file: they share no intermediate result with the
 solver. For prompts, a fresh forward pass reduces every input to (r, r) Gram matrices on the way.
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors, Host
+from csulora_cli.engine.attach import Factors, Inputs
+from csulora_cli.engine.host import Host
 from csulora_cli.engine.inputs import DirectionPrompts, InputGroup, Side, watch_inputs
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.weights_source import ModuleDisplacement
+from csulora_cli.formats.site import Site
 from csulora_cli.settings import Geometry
 from csulora_cli.solver import attenuate, lowrank
 from csulora_cli.solver import split as three_way
@@ -22,10 +23,10 @@ from csulora_cli.solver import split as three_way
 
 @dataclass(frozen=True)
 class Effect:
-    """One module. Every energy is a share of ‖Δ‖², so that it has no unit; all are 0 for a zero update.
+    """One site. Every energy is a share of ‖Δ‖², so that it has no unit; all are 0 for a zero update.
 
     Attributes:
-        name: module name.
+        name: of the site.
         rank: of the update as written.
         moved: ‖X − Δ‖².
         before, after: the named energies of Δ and X.
@@ -43,30 +44,30 @@ class Effect:
     chance: Mapping[str, float]
 
 
-def update_norms(module: LoraModule, repaired: Factors) -> tuple[float, float]:
+def update_norms(site: Site, repaired: Factors) -> tuple[float, float]:
     """‖Δ‖² and ‖X − Δ‖², scales included, from the factors."""
-    update = module.scale**2 * lowrank.squared_norm(module.lora_b, module.lora_a)
-    if repaired.scale == module.scale and torch.equal(repaired.lora_b, module.lora_b):
-        change = repaired.lora_a.double() - module.lora_a.double()
-        return update, module.scale**2 * lowrank.squared_norm(module.lora_b, change)
+    update = site.scale**2 * lowrank.squared_norm(site.lora_b, site.lora_a)
+    if repaired.scale == site.scale and torch.equal(repaired.lora_b, site.lora_b):
+        change = repaired.lora_a.double() - site.lora_a.double()
+        return update, site.scale**2 * lowrank.squared_norm(site.lora_b, change)
     return update, lowrank.squared_distance(
-        module.scale * module.lora_b.double(),
-        module.lora_a,
+        site.scale * site.lora_b.double(),
+        site.lora_a,
         repaired.scale * repaired.lora_b.double(),
         repaired.lora_a,
     )
 
 
-def moved_share(modules: Sequence[LoraModule], repaired: Mapping[str, Factors]) -> float:
-    """Σ‖X − Δ‖² / Σ‖Δ‖² over all modules."""
-    norms = [update_norms(module, repaired[module.name]) for module in modules]
+def moved_share(sites: Sequence[Site], repaired: Mapping[str, Factors]) -> float:
+    """Σ‖X − Δ‖² / Σ‖Δ‖² over all sites."""
+    norms = [update_norms(site, repaired[site.name]) for site in sites]
     total = sum(update for update, _ in norms)
     return sum(distance for _, distance in norms) / total if total > 0 else 0.0
 
 
 def prompt_effects(
     host: Host,
-    modules: Sequence[LoraModule],
+    sites: Sequence[Site],
     groups: Sequence[InputGroup],
     repaired: Mapping[str, Factors],
     prompts: DirectionPrompts,
@@ -78,7 +79,7 @@ def prompt_effects(
 
     harmful is ‖Δ C_h^½‖² / ‖Δ‖²: 1 means "as strong on harmful prompts as on any input of the same size".
     """
-    by_name = {module.name: module for module in modules}
+    by_name = {site.name: site for site in sites}
     progress.stage("check", len(prompts.harmful.tokens) + len(prompts.benign.tokens))
 
     def run(side: Side) -> dict[str, _Gram]:
@@ -88,18 +89,18 @@ def prompt_effects(
 
     grams = {"harmful": run(prompts.harmful), "benign": run(prompts.benign)}
     return [
-        _prompt_effect(module, repaired[module.name], {label: gram[module.name] for label, gram in grams.items()},
+        _prompt_effect(site, repaired[site.name], {label: gram[site.name] for label, gram in grams.items()},
                        protect, strength)
-        for module in modules
+        for site in sites
     ]  # fmt: skip
 
 
 def _prompt_effect(
-    module: LoraModule, repaired: Factors, grams: Mapping[str, "_Gram"], protect: float, strength: float
+    site: Site, repaired: Factors, grams: Mapping[str, "_Gram"], protect: float, strength: float
 ) -> Effect:
-    update, distance = update_norms(module, repaired)
+    update, distance = update_norms(site, repaired)
     unit = 1 / update if update > 0 else 0.0
-    inner = module.scale**2 * (module.lora_b.double().mT @ module.lora_b.double())  # (r, r)
+    inner = site.scale**2 * (site.lora_b.double().mT @ site.lora_b.double())  # (r, r)
 
     def energy(gram: Tensor) -> float:
         return float((inner * gram.to(inner.device)).sum()) * unit
@@ -108,7 +109,7 @@ def _prompt_effect(
     after = {label: energy(gram.after) for label, gram in grams.items()}
     changed = energy(grams["benign"].change)
     return Effect(
-        module.name,
+        site.name,
         repaired.lora_a.shape[0],
         distance * unit,
         before,
@@ -129,13 +130,13 @@ class _Gram:
 
 
 class _Grams:
-    """Sums of (A h)(A h)ᵀ over tokens, for A, A' and A' − A of every module."""
+    """Sums of (A h)(A h)ᵀ over tokens, for A, A' and A' − A of every site."""
 
     def __init__(
         self,
         host: Host,
         groups: Sequence[InputGroup],
-        modules: Mapping[str, LoraModule],
+        sites: Mapping[str, Site],
         repaired: Mapping[str, Factors],
     ) -> None:
         self.host = host
@@ -143,11 +144,11 @@ class _Grams:
         self.squared_total = dict.fromkeys(groups, 0.0)
         self.rows = {
             name: [
-                module.lora_a.to(host.device, torch.float32),
+                site.lora_a.to(host.device, torch.float32),
                 repaired[name].lora_a.to(host.device, torch.float32),
-                (repaired[name].lora_a.double() - module.lora_a.double()).to(host.device, torch.float32),
+                (repaired[name].lora_a.double() - site.lora_a.double()).to(host.device, torch.float32),
             ]
-            for name, module in modules.items()
+            for name, site in sites.items()
         }
         self.sums = {
             name: [torch.zeros(len(rows), len(rows), dtype=torch.float64) for rows in triple]
@@ -156,9 +157,7 @@ class _Grams:
 
     def run(self, side: Side, advance: Callable[[int], None]) -> dict[str, _Gram]:
         for batch in self.host.batches(side.tokens):
-            watch_inputs(
-                self.host, batch, side.weights(batch), {group.members[0]: self._adder(group) for group in self.groups}
-            )
+            watch_inputs(self.host, batch, side.weights(batch), {group: self._adder(group) for group in self.groups})
             advance(len(batch.rows))
         result = {}
         for group in self.groups:
@@ -167,19 +166,19 @@ class _Grams:
                 result[name] = _Gram(*(scale * total for total in self.sums[name]))
         return result
 
-    def _adder(self, group: InputGroup) -> Callable[[Tensor], None]:
-        def add(tokens: Tensor) -> None:
-            self.squared_total[group] += float(torch.linalg.vector_norm(tokens, dim=1).cpu().double().square().sum())
+    def _adder(self, group: InputGroup) -> Callable[[Inputs], None]:
+        def add(inputs: Inputs) -> None:
+            self.squared_total[group] += inputs.squared_total()
             for name in group.members:
                 for index, rows in enumerate(self.rows[name]):
-                    inner = tokens @ rows.mT  # (N, r)
+                    inner = inputs.project(rows)  # (N, r)
                     self.sums[name][index] += (inner.mT @ inner).cpu().double()
 
         return add
 
 
 def weight_effects(
-    modules: Sequence[LoraModule],
+    sites: Sequence[Site],
     repaired: Mapping[str, Factors],
     displacements: Mapping[str, ModuleDisplacement],
     geometry: Geometry,
@@ -187,21 +186,21 @@ def weight_effects(
 ) -> list[Effect]:
     """Effects of a weights repair: energies `full`, `partial`, `off` (keep-in) or `along D` (keep-out)."""
     effect = _keep_in_effect if geometry is Geometry.KEEP_IN else _keep_out_effect
-    return [effect(module, repaired[module.name], displacements[module.name], strength) for module in modules]
+    return [effect(site, repaired[site.name], displacements[site.name], strength) for site in sites]
 
 
-def _keep_in_effect(module: LoraModule, repaired: Factors, entry: ModuleDisplacement, strength: float) -> Effect:
-    update, distance = update_norms(module, repaired)
+def _keep_in_effect(site: Site, repaired: Factors, entry: ModuleDisplacement, strength: float) -> Effect:
+    update, distance = update_norms(site, repaired)
     unit = 1 / update if update > 0 else 0.0
     directions = entry.directions
-    old = three_way.split(module.scale * module.lora_b.double(), module.lora_a, directions.left, directions.right).parts
+    old = three_way.split(site.scale * site.lora_b.double(), site.lora_a, directions.left, directions.right).parts
     new = three_way.split(
         repaired.scale * repaired.lora_b.double(), repaired.lora_a, directions.left, directions.right
     ).parts
     shares = old.shares
-    chance = three_way.chance_shares(module.out_features, module.in_features, directions.rank)
+    chance = three_way.chance_shares(site.out_features, site.in_features, directions.rank)
     return Effect(
-        module.name,
+        site.name,
         repaired.lora_a.shape[0],
         distance * unit,
         {"full": shares.full, "partial": shares.partial, "off": shares.off},
@@ -212,27 +211,27 @@ def _keep_in_effect(module: LoraModule, repaired: Factors, entry: ModuleDisplace
     )
 
 
-def _keep_out_effect(module: LoraModule, repaired: Factors, entry: ModuleDisplacement, strength: float) -> Effect:
-    update, distance = update_norms(module, repaired)
+def _keep_out_effect(site: Site, repaired: Factors, entry: ModuleDisplacement, strength: float) -> Effect:
+    update, distance = update_norms(site, repaired)
     unit = 1 / update if update > 0 else 0.0
     directions = entry.directions
     gains = attenuate.displacement_gains(
-        directions.singular_values, module.in_features, max(directions.squared_total, 1e-300)
+        directions.singular_values, site.in_features, max(directions.squared_total, 1e-300)
     )
 
     def along(factors: Factors, weights: Tensor) -> float:
         inner = factors.lora_a.double() @ directions.right.double() * weights.sqrt()  # (r, k)
         return factors.scale**2 * lowrank.squared_norm(factors.lora_b, inner) * unit
 
-    before, after = along(Factors.of(module), gains), along(repaired, gains)
+    before, after = along(Factors.of(site), gains), along(repaired, gains)
     ones = torch.ones_like(gains)
     return Effect(
-        module.name,
+        site.name,
         repaired.lora_a.shape[0],
         distance * unit,
-        {"along D": along(Factors.of(module), ones)},
+        {"along D": along(Factors.of(site), ones)},
         {"along D": along(repaired, ones)},
         attenuate.penalised_change(0, 0, before, 0, strength),
         attenuate.penalised_change(distance * unit, 0, after, 0, strength),
-        {"along D": directions.rank / module.in_features},
+        {"along D": directions.rank / site.in_features},
     )

@@ -1,8 +1,8 @@
 """The host model: loading it, encoding prompts, running them, and applying an adapter to it without changing it."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -12,11 +12,12 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
-from csulora_cli.adapter import LoraModule
+from csulora_cli.engine.attach import Update, applied
 from csulora_cli.engine.memory import BatchSize, is_out_of_memory
 from csulora_cli.errors import HostError, UsageError
+from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
-from csulora_cli.text import printable, some
+from csulora_cli.text import printable
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
 BATCH_TOKENS = 1024
@@ -44,20 +45,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@dataclass(frozen=True)
-class Factors:
-    """The factors of one module as they are applied: y += scale · B A x. A (r, in), B (out, r)."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-
-    @classmethod
-    def of(cls, module: LoraModule) -> "Factors":
-        """The factors of a module as stored."""
-        return cls(module.lora_a, module.lora_b, module.scale)
-
-
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
@@ -83,24 +70,6 @@ class Host:
 
     def __post_init__(self) -> None:
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    def module(self, name: str) -> nn.Module:
-        """An adapted module by name.
-
-        Raises:
-            HostError: no such module, or it is no Linear or Conv1D.
-        """
-        try:
-            module: nn.Module = self.model.get_submodule(name)
-        except AttributeError:
-            raise HostError(
-                f"the host has no module '{printable(name)}'", "Give the model that the adapter was trained on."
-            ) from None
-        if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
-            raise HostError(
-                f"module '{printable(name)}' of the host is a {type(module).__name__}, not Linear or Conv1D"
-            )
-        return module
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt as the first user turn, up to where the answer begins."""
@@ -179,13 +148,19 @@ class Host:
         return Batch(rows, ids.to(self.device), mask.to(self.device))
 
     @torch.inference_mode()
-    def run(self, batch: "Batch") -> Tensor:
-        """Logits of the next token after each prompt of the batch, (B, vocab), float32."""
+    def run(self, batch: "Batch", is_whole: bool = False) -> Tensor:
+        """Logits of the next token after each prompt of the batch, (B, vocab), float32.
+
+        Args:
+            batch: the prompts.
+            is_whole: let also the output layer run on every token, for those who watch what it reads.
+        """
         ends = batch.mask.sum(1) - 1  # (B,)
         positions, where = torch.unique(ends, return_inverse=True)
-        extra = {"logits_to_keep": positions} if self._takes_logits_to_keep else {}
+        keeps_some = self._takes_logits_to_keep and not is_whole
+        extra = {"logits_to_keep": positions} if keeps_some else {}
         out = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra).logits
-        columns = where if self._takes_logits_to_keep else ends
+        columns = where if keeps_some else ends
         return out[torch.arange(len(ends), device=out.device), columns].float()  # type: ignore[no-any-return]
 
     def first_token_log_probs(self, token_lists: Sequence[Sequence[int]]) -> Tensor:
@@ -277,14 +252,9 @@ class Host:
                 return candidate
         return 0
 
-    @contextmanager
-    def adapted(self, factors: Mapping[str, Factors]) -> Iterator[None]:
-        """Run the host with an adapter: y += scale · B A x on each module, computed as PEFT does, in float32."""
-        with ExitStack() as stack:
-            for name, module_factors in factors.items():
-                hook = _lora_hook(module_factors, self.device)
-                stack.callback(self.module(name).register_forward_hook(hook).remove)
-            yield
+    def adapted(self, update: Update) -> AbstractContextManager[None]:
+        """Run the host with an adapter."""
+        return applied(self.model, update)
 
 
 @dataclass(frozen=True)
@@ -294,17 +264,6 @@ class Batch:
     rows: list[int]
     ids: Tensor
     mask: Tensor
-
-
-def _lora_hook(factors: Factors, device: torch.device) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    lora_a = factors.lora_a.to(device, torch.float32)
-    lora_b = factors.lora_b.to(device, torch.float32)
-
-    def add_update(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inner = nn.functional.linear(args[0].to(torch.float32), lora_a)
-        return output + (nn.functional.linear(inner, lora_b) * factors.scale).to(output.dtype)
-
-    return add_update
 
 
 def choose_device(name: str) -> torch.device:
@@ -359,7 +318,7 @@ def load_host(
             config = transformers.AutoConfig.from_pretrained(folder, **options)
             wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model = model_class(config).from_pretrained(
                 folder, config=config, dtype=wanted, use_safetensors=True, **options
             )
     except Exception as problem:  # transformers and the host's own code raise anything
@@ -406,33 +365,3 @@ def choose_dtype(name: str, stored: Any, device: torch.device) -> torch.dtype:
     if not isinstance(stored, torch.dtype) or (stored is torch.float16 and device.type == "cpu"):
         return torch.float32
     return stored
-
-
-def check_modules(host: Host, modules: Sequence[LoraModule]) -> None:
-    """Check that the loaded host has every adapted module, with the adapter's sizes.
-
-    Raises:
-        HostError: some are missing, of another kind, or of another size.
-    """
-    missing = [module.name for module in modules if not _has(host, module.name)]
-    if missing:
-        raise HostError(
-            f"{len(missing)} of {len(modules)} adapted modules are not in the loaded host: {some(missing, 2)}",
-            "Give the model that the adapter was trained on.",
-        )
-    for module in modules:
-        weight = host.module(module.name).get_parameter("weight")
-        if sorted(weight.shape) != sorted((module.out_features, module.in_features)):
-            raise HostError(
-                f"'{printable(module.name)}' of the host is {tuple(weight.shape)}, but the adapter changes a weight of "
-                f"{(module.out_features, module.in_features)}",
-                "Give the model that the adapter was trained on.",
-            )
-
-
-def _has(host: Host, name: str) -> bool:
-    try:
-        host.model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

@@ -1,20 +1,24 @@
-"""What the host feeds into the adapted modules on prompts: grouped, collected in bounded memory, never kept on disk.
+"""What the host feeds into the adapted sites on prompts: grouped, collected in bounded memory, never kept on disk.
 
-Modules that read the same tensor (q, k and v; gate and up) form one group, found by looking, not by name. Only the
-groups of one chunk are collected at a time; a forward pass stops as soon as the chunk's last module has been reached.
+Linear layers that read the same tensor (q, k and v; gate and up) form one group, found by looking, not by name; every
+other site is a group of its own. Only the groups of one chunk are collected at a time; a forward pass stops as soon as
+the chunk's last site has been reached.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from csulora_cli.engine.attach import DenseInputs, Inputs, first_argument, submodule, watching
 from csulora_cli.engine.host import Batch, Host
 from csulora_cli.errors import HostError
+from csulora_cli.formats.site import Kind, Place, Site
 from csulora_cli.promptset import Prompts
 from csulora_cli.solver.attenuate import unit_trace_scale
 from csulora_cli.text import printable
@@ -23,6 +27,7 @@ DEFAULT_BUDGET_BYTES = 3 * 2**30
 TURN_WEIGHT = 5.0
 
 Progress = Callable[[int], None]
+Taker = Callable[[Inputs], None]
 
 
 class _Stop(Exception):  # noqa: N818 (no error: the pass has seen all that it was made for)
@@ -31,15 +36,30 @@ class _Stop(Exception):  # noqa: N818 (no error: the pass has seen all that it w
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Modules that read the same input.
+    """Sites that read the same input.
 
     Attributes:
-        members: module names, in the order in which the host runs them.
+        members: names of sites, in the order in which the host runs them.
         features: the input's width.
+        place: where the first of them lies, to see what they read.
     """
 
     members: tuple[str, ...]
     features: int
+    place: Place
+
+    @property
+    def is_one_hot(self) -> bool:
+        """Whether the inputs are token ids, each standing for a unit vector."""
+        return self.place.kind is Kind.EMBEDDING
+
+
+class Form(StrEnum):
+    """How the inputs of a group are kept."""
+
+    MOMENT = "moment"  # C, (in, in)
+    TOKENS = "tokens"  # H, (in, N)
+    DIAGONAL = "diagonal"  # the diagonal of C, (in,), where all else is zero
 
 
 @dataclass(frozen=True)
@@ -47,13 +67,13 @@ class Moments:
     """One group's inputs on the direction prompts, scaled to trace `in`, float64.
 
     Attributes:
-        harmful, benign: C_h and C_b, (in, in), or H and G, (in, N), as `are_tokens` says.
-        are_tokens: False for moments, True for tokens.
+        harmful, benign: C_h and C_b, H and G, or the diagonals of C_h and C_b, as `form` says.
+        form: which of them.
     """
 
     harmful: Tensor
     benign: Tensor
-    are_tokens: bool
+    form: Form
 
     def to(self, device: torch.device) -> "Moments":
         """The same on a device."""
@@ -134,30 +154,66 @@ def common_end(token_lists: Sequence[Sequence[int]]) -> int:
     return count
 
 
-def group_modules(host: Host, names: Sequence[str], probe: Sequence[int]) -> list[InputGroup]:
-    """Find which modules read the same tensor, by running one prompt. In the order of execution."""
-    seen: dict[int, tuple[Tensor, list[str]]] = {}
+def group_sites(host: Host, sites: Sequence[Site], probe: Sequence[int]) -> list[InputGroup]:
+    """Find which sites read the same tensor, by running one prompt. In the order of execution; idle sites are left out.
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Holding the tensor keeps its id from being given to another one.
-            seen.setdefault(id(args[0]), (args[0], []))[1].append(name)
+    Raises:
+        HostError: a parameter whose module runs is multiplied in a way that cannot be seen.
+    """
+    owners: dict[str, list[Site]] = {}
+    for site in sites:
+        owners.setdefault(site.place.module, []).append(site)
+    seen: dict[Any, tuple[Tensor, list[Site]]] = {}
+
+    def watch(own: Sequence[Site]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = first_argument(args, kwargs)
+            for site in own:
+                # Holding the tensor keeps its id from being given to another one.
+                key = id(inputs) if site.place.kind is Kind.LINEAR else site.name
+                members = seen.setdefault(key, (inputs, []))[1]
+                if site not in members:
+                    members.append(site)
 
         return note
 
+    used: set[str] = set()
+    if any(site.place.kind is Kind.PARAMETER for site in sites):
+        # The other ways to run experts multiply copies of their weights, which nothing tells apart.
+        host.model.set_experts_implementation("eager")
+    places = {site.name: site.place for site in sites if site.place.kind is Kind.PARAMETER}
     with ExitStack() as stack:
-        for name in names:
-            stack.callback(host.module(name).register_forward_pre_hook(watch(name)).remove)
+        for module, own in owners.items():
+            stack.callback(submodule(host.model, module).register_forward_pre_hook(watch(own), with_kwargs=True).remove)
         for batch in host.batches([probe]):
-            host.run(batch)
-    return [InputGroup(tuple(members), tensor.shape[-1]) for tensor, members in seen.values()]
+            with watching(host.model, places, batch.mask.float(), lambda name, _: used.add(places[name].weight)):
+                host.run(batch, is_whole=True)
+    groups = [(tuple(members), tensor) for tensor, members in seen.values()]
+    for (first, *_), _tensor in groups:
+        if first.place.kind is Kind.PARAMETER and first.place.weight not in used:
+            raise HostError(
+                f"how '{printable(first.place.weight)}' is multiplied cannot be seen in this host",
+                "The prompts source cannot repair this parameter; use --unaligned.",
+            )
+    return [
+        InputGroup(tuple(site.name for site in members), members[0].in_features, members[0].place)
+        for members, _ in groups
+    ]  # fmt: skip
 
 
 def group_bytes(group: InputGroup, tokens: tuple[int, int]) -> int:
     """Memory that one group's `Moments` take."""
-    if uses_tokens(group, tokens):
+    form = form_of(group, tokens)
+    if form is Form.TOKENS:
         return 8 * group.features * sum(tokens)
-    return 2 * 8 * group.features**2
+    return 2 * 8 * group.features ** (1 if form is Form.DIAGONAL else 2)
+
+
+def form_of(group: InputGroup, tokens: tuple[int, int]) -> Form:
+    """How a group's inputs are kept."""
+    if group.is_one_hot:
+        return Form.DIAGONAL
+    return Form.TOKENS if uses_tokens(group, tokens) else Form.MOMENT
 
 
 def uses_tokens(group: InputGroup, tokens: tuple[int, int]) -> bool:
@@ -200,33 +256,33 @@ def _collect(
     tokens = prompts.tokens
     sides: list[dict[InputGroup, Tensor]] = []
     for side in (prompts.harmful, prompts.benign):
-        sums = {group: _Sum(group, uses_tokens(group, tokens), device) for group in groups}
-        hooks = {group.members[0]: sums[group].add for group in groups}
+        sums = {group: _Sum(group, form_of(group, tokens), device) for group in groups}
+        takers = {group: sums[group].add for group in groups}
         for batch in host.batches(side.tokens):
-            watch_inputs(host, batch, side.weights(batch), hooks)
+            watch_inputs(host, batch, side.weights(batch), takers)
             advance(len(batch.rows))
         sides.append({group: total.scaled() for group, total in sums.items()})
-    return {group: Moments(sides[0][group], sides[1][group], uses_tokens(group, tokens)) for group in groups}
+    return {group: Moments(sides[0][group], sides[1][group], form_of(group, tokens)) for group in groups}
 
 
 class _Sum:
-    """Adds up one group's inputs: their second moment, or the tokens side by side."""
+    """Adds up one group's inputs: their second moment, its diagonal, or the tokens side by side."""
 
-    def __init__(self, group: InputGroup, keeps_tokens: bool, device: torch.device) -> None:
+    def __init__(self, group: InputGroup, form: Form, device: torch.device) -> None:
         self.group = group
-        self.features = group.features
         self.device = device
         self.squared_total = 0.0
-        self.columns: list[Tensor] | None = [] if keeps_tokens else None
-        self.moment = torch.zeros(0 if keeps_tokens else group.features, group.features, dtype=torch.float64).to(device)
+        self.columns: list[Tensor] | None = [] if form is Form.TOKENS else None
+        shape = {Form.TOKENS: (0,), Form.DIAGONAL: (group.features,), Form.MOMENT: (group.features,) * 2}[form]
+        self.total = torch.zeros(shape, dtype=torch.float64).to(device)
 
-    def add(self, tokens: Tensor) -> None:
-        """Tokens of one batch, (N, in), float32."""
-        self.squared_total += float(torch.linalg.vector_norm(tokens, dim=1).cpu().double().square().sum())
+    def add(self, inputs: Inputs) -> None:
+        """What one batch feeds in."""
+        self.squared_total += inputs.squared_total()
         if self.columns is None:
-            self.moment += (tokens.mT @ tokens).to(self.device, torch.float64)
-        else:
-            self.columns.append(tokens.to(self.device, torch.float64))
+            self.total += inputs.moment().to(self.device, torch.float64)
+        elif isinstance(inputs, DenseInputs):
+            self.columns.append(inputs.rows.to(self.device, torch.float64))
 
     def scaled(self) -> Tensor:
         if not math.isfinite(self.squared_total):
@@ -234,40 +290,39 @@ class _Sum:
                 f"the host gives NaN or infinite activations at '{printable(self.group.members[0])}'",
                 "Try --dtype float32.",
             )
-        scale = unit_trace_scale(self.features, self.squared_total)
+        scale = unit_trace_scale(self.group.features, self.squared_total)
         if self.columns is None:
-            return self.moment * scale
-        columns: Tensor = torch.cat(self.columns).mT * scale**0.5  # (in, N)
+            return self.total * scale
+        rows = torch.cat(self.columns) if self.columns else self.total.new_zeros(0, self.group.features)
+        columns: Tensor = rows.mT * scale**0.5  # (in, N)
         return columns
 
 
-def watch_inputs(host: Host, batch: Batch, weights: Tensor, hooks: Mapping[str, Callable[[Tensor], None]]) -> None:
-    """Run one batch and hand some modules' inputs, (N, in) in float32, to their hooks.
+def watch_inputs(
+    host: Host, batch: Batch, weights: Tensor, takers: Mapping[InputGroup, Callable[[Inputs], None]]
+) -> None:
+    """Run one batch and hand the inputs of some groups to their takers.
 
     Each token is multiplied by the square root of its weight, and left out where that is 0. The pass ends at the last
-    of these modules.
+    of these groups.
     """
-    remaining = set(hooks)
-    keep = weights > 0
-    roots = weights[keep].sqrt()[:, None]
+    remaining = {group.members[0] for group in takers}
+    by_name = {group.members[0]: taker for group, taker in takers.items()}
+    places = {group.members[0]: group.place for group in takers}
+    # Experts run when a token is sent to them: none of them is known to be the last.
+    can_stop = all(place.kind is not Kind.PARAMETER for place in places.values())
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def take(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0]
-            hooks[name](inputs[keep.to(inputs.device)].float() * roots.to(inputs.device))
-            remaining.discard(name)
-            if not remaining:
-                raise _Stop
+    def take(name: str, inputs: Inputs) -> None:
+        by_name[name](inputs)
+        remaining.discard(name)
+        if can_stop and not remaining:
+            raise _Stop
 
-        return take
-
-    with ExitStack() as stack:
-        for name in hooks:
-            stack.callback(host.module(name).register_forward_pre_hook(watch(name)).remove)
-        try:
-            host.run(batch)
-        except _Stop:
-            return
+    try:
+        with watching(host.model, places, weights, take):
+            host.run(batch, is_whole=True)
+    except _Stop:
+        return
 
 
 def iterate_chunks(

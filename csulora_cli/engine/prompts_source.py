@@ -1,60 +1,61 @@
 """Source "prompts": the closest updates that fade on what the host reads in harmful prompts."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors, Host, solver_device
+from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.host import Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
     DirectionPrompts,
     Encoded,
+    Form,
     InputGroup,
     Moments,
     collect_moments,
     group_bytes,
-    group_modules,
+    group_sites,
     iterate_chunks,
 )
 from csulora_cli.engine.memory import is_out_of_memory, release_memory, with_cpu_in_reserve
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
-from csulora_cli.solver.attenuate import by_moments, by_tokens
+from csulora_cli.formats.site import Site
+from csulora_cli.solver.attenuate import by_diagonal, by_moments, by_tokens
 from csulora_cli.text import some
 
 # First tokens of the adapter's own answers to benign prompts that β protects.
 PROTECTED_TOKENS = 48
-# The repaired factors of the modules that read one input: (members, moments, β, λ) -> factors by module name.
-Solver = Callable[[Sequence[LoraModule], Moments, float, float], dict[str, Factors]]
+# The repaired factors of the sites that read one input: (members, moments, β, λ) -> factors by site name.
+Solver = Callable[[Sequence[Site], Moments, float, float], dict[str, Factors]]
 
 
-def protecting(host: Host, prompts: Encoded, adapter: Mapping[str, Factors], progress: Progress) -> DirectionPrompts:
+def protecting(host: Host, prompts: Encoded, adapter: Update, progress: Progress) -> DirectionPrompts:
     """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
     progress.stage("answers", len(prompts.benign))
     with host.adapted(adapter):
         return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, progress.advance))
 
 
-def closest(members: Sequence[LoraModule], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
-    """The closest updates of the modules that read one input; one factorisation for their stacked A's.
+def closest(members: Sequence[Site], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
+    """The closest updates of the sites that read one input; one factorisation for their stacked A's.
 
     Args:
-        members: modules with the same input.
+        members: sites with the same input.
         moments: of that input.
         protect: β.
         strength: λ.
 
     Returns:
-        A' in float32, B as stored, by module name.
+        A' in float32, B as stored, by site name.
     """
-    stacked = torch.cat([module.lora_a.to(moments.harmful.device, torch.float64) for module in members])  # (Σr, in)
-    solve = by_tokens if moments.are_tokens else by_moments
+    stacked = torch.cat([site.lora_a.to(moments.harmful.device, torch.float64) for site in members])  # (Σr, in)
+    solve = {Form.MOMENT: by_moments, Form.TOKENS: by_tokens, Form.DIAGONAL: by_diagonal}[moments.form]
     solved = solve(stacked, moments.harmful, moments.benign, protect, strength).float().cpu()
-    pieces = torch.split(solved, [module.rank for module in members])
-    return {
-        module.name: Factors(piece, module.lora_b, module.scale) for module, piece in zip(members, pieces, strict=True)
-    }
+    pieces = torch.split(solved, [site.rank for site in members])
+    return {site.name: replace(Factors.of(site), lora_a=piece) for site, piece in zip(members, pieces, strict=True)}
 
 
 class PromptsPath:
@@ -67,7 +68,7 @@ class PromptsPath:
     def __init__(
         self,
         host: Host,
-        modules: Sequence[LoraModule],
+        sites: Sequence[Site],
         prompts: DirectionPrompts,
         protect: float,
         strengths: Sequence[float],
@@ -75,10 +76,10 @@ class PromptsPath:
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
         solvers: Sequence[Solver] = (closest,),
     ) -> None:
-        self.modules = {module.name: module for module in modules}
+        self.sites = {site.name: site for site in sites}
         self.protect = protect
         self._device = solver_device(host.device)
-        self.groups = group_modules(host, list(self.modules), prompts.harmful.tokens[0])
+        self.groups = group_sites(host, sites, prompts.harmful.tokens[0])
         self._check_all_ran()
         self._moments: dict[InputGroup, Moments] = {}
         self._solved: dict[tuple[Solver, float], dict[str, Factors]] = {}
@@ -134,9 +135,9 @@ class PromptsPath:
 
     def _check_all_ran(self) -> None:
         ran = {name for group in self.groups for name in group.members}
-        if idle := sorted(set(self.modules) - ran):
+        if idle := sorted(set(self.sites) - ran):
             raise HostError(
-                f"{len(idle)} of {len(self.modules)} adapted modules never run on a text prompt: {some(idle, 2)}",
+                f"{len(idle)} of {len(self.sites)} adapted modules never run on a text prompt: {some(idle, 2)}",
                 "The prompts source cannot judge them; use --unaligned.",
             )
 
@@ -152,7 +153,7 @@ class PromptsPath:
         return self._solved[key]
 
     def _solve(self, solver: Solver, group: InputGroup, moments: Moments, strength: float) -> dict[str, Factors]:
-        members = [self.modules[name] for name in group.members]
+        members = [self.sites[name] for name in group.members]
         return with_cpu_in_reserve(
             lambda device: solver(members, moments.to(device), self.protect, strength),
             self._device,

@@ -4,12 +4,13 @@
 Nothing here chooses anything.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from csulora_cli.engine.host import Factors, Host
+from csulora_cli.engine.attach import Update
+from csulora_cli.engine.host import Host
 from csulora_cli.engine.measure import mean_kl
 from csulora_cli.promptset import Prompts
 from csulora_cli.refusals import ANSWER_TOKENS, Answer, RefusalTest, count_answers
@@ -203,15 +204,13 @@ def run_kind(host: Host, prompts: list[list[int]], answer_tokens: int, advance: 
     return KindRun(host.first_token_log_probs(prompts), tuple(host.answers(prompts, answer_tokens, advance)))
 
 
-def run_model(
-    host: Host, prompts: EncodedScoring, factors: Mapping[str, Factors], advance: Advance = _ignore
-) -> ModelRun:
-    """Run the host with an adapter ({}: alone) on all prompts; advances by `prompts.steps` in total.
+def run_model(host: Host, prompts: EncodedScoring, update: Update, advance: Advance = _ignore) -> ModelRun:
+    """Run the host with an adapter (an empty one: alone) on all prompts; advances by `prompts.steps` in total.
 
     Raises:
         HostError: the model gives NaN, or has no such module.
     """
-    with host.adapted(factors):
+    with host.adapted(update):
         harmful = run_kind(host, prompts.harmful, prompts.answer_tokens, advance)
         lookalikes = run_kind(host, prompts.lookalikes, prompts.answer_tokens, advance)
         general = (
@@ -230,12 +229,12 @@ def _run_task(host: Host, task: EncodedTask, advance: Advance) -> TaskRun:
 def score_model(
     host: Host,
     prompts: EncodedScoring,
-    factors: Mapping[str, Factors],
+    update: Update,
     references: References,
     advance: Advance = _ignore,
 ) -> ModelScore:
     """`run_model` and `score_run` in one step."""
-    return score_run(run_model(host, prompts, factors, advance), references)
+    return score_run(run_model(host, prompts, update, advance), references)
 
 
 def score_run(run: ModelRun, references: References) -> ModelScore:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from csulora_cli.adapter import LoraModule
+from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
-from csulora_cli.engine.host import Factors
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.strength import LARGEST_LIMIT, PathPoint, smallest_strength
 from csulora_cli.errors import HostError
+from csulora_cli.formats.site import Site
 from csulora_cli.report import PathRecord, StrengthRecord
 from csulora_cli.settings import DEFAULT_TARGET
 
@@ -19,7 +19,7 @@ UNMOVED_KL = 0.02
 
 def find_strength(
     judge: KlJudge,
-    modules: Sequence[LoraModule],
+    modules: Sequence[Site],
     repaired: Callable[[float], Mapping[str, Factors]],
     target: float | None,
     progress: Progress,

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.checkpoint import Checkpoint, WeightMatch
-from csulora_cli.engine.host import Factors
+from csulora_cli.checkpoint import PRECISION, Checkpoint, WeightMatch, read_weight
+from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.memory import with_cpu_in_reserve
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
+from csulora_cli.formats.site import Site
 from csulora_cli.settings import Geometry, RankMode
 from csulora_cli.solver.attenuate import by_directions, displacement_gains
 from csulora_cli.solver.displacement import Directions, leading_directions
@@ -21,16 +21,13 @@ from csulora_cli.solver.lowrank import truncate
 from csulora_cli.solver.split import split
 from csulora_cli.text import printable, some
 
-# What looks at the displacement D, (out, in), of a module while it is at hand.
-Observer = Callable[[LoraModule, Tensor], None]
-
-# Bits of the significand, the hidden one included: the spacing around w is 2^(exponent(w) - bits).
-_PRECISION = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
+# What looks at the displacement D, (out, in), of a site while it is at hand.
+Observer = Callable[[Site, Tensor], None]
 
 
 @dataclass(frozen=True)
 class ModuleDisplacement:
-    """What the weights source knows of one module.
+    """What the weights source knows of one site.
 
     Attributes:
         directions: of D, float32 bases.
@@ -56,58 +53,58 @@ class WeightsPath:
 
     def __init__(
         self,
-        modules: Sequence[LoraModule],
+        sites: Sequence[Site],
         displacements: dict[str, ModuleDisplacement],
         geometry: Geometry,
         rank: RankMode,
     ) -> None:
-        self.modules = {module.name: module for module in modules}
+        self.sites = {site.name: site for site in sites}
         self.displacements = displacements
         self.geometry = geometry
         self.rank = rank
         self.truncation_error: dict[str, float] = {}
 
     def repaired(self, strength: float) -> dict[str, Factors]:
-        """The closest update at λ, by module name. A module without displacement stays as it is."""
-        return {name: self._solve(module, strength) for name, module in self.modules.items()}
+        """The closest update at λ, by name of the site. A site without displacement stays as it is."""
+        return {name: self._solve(site, strength) for name, site in self.sites.items()}
 
-    def _solve(self, module: LoraModule, strength: float) -> Factors:
-        directions = self.displacements[module.name].directions
+    def _solve(self, site: Site, strength: float) -> Factors:
+        directions = self.displacements[site.name].directions
         if self.geometry is Geometry.KEEP_OUT:
-            return keep_out(module, directions, strength)
-        factors, self.truncation_error[module.name] = keep_in(module, directions, strength, self.rank)
+            return keep_out(site, directions, strength)
+        factors, self.truncation_error[site.name] = keep_in(site, directions, strength, self.rank)
         return factors
 
 
-def keep_out(module: LoraModule, directions: Directions, strength: float) -> Factors:
+def keep_out(site: Site, directions: Directions, strength: float) -> Factors:
     """The closest update that fades on V (`attenuate.by_directions`); A' in float32, B as stored."""
     if directions.rank == 0 or strength == 0:
-        return Factors.of(module)
-    gains = displacement_gains(directions.singular_values, module.in_features, directions.squared_total)
-    repaired = by_directions(module.lora_a, directions.right, gains, strength)
-    return Factors(repaired.float(), module.lora_b, module.scale)
+        return Factors.of(site)
+    gains = displacement_gains(directions.singular_values, site.in_features, directions.squared_total)
+    repaired = by_directions(site.lora_a, directions.right, gains, strength)
+    return replace(Factors.of(site), lora_a=repaired.float())
 
 
-def keep_in(module: LoraModule, directions: Directions, strength: float, rank: RankMode) -> tuple[Factors, float]:
+def keep_in(site: Site, directions: Directions, strength: float, rank: RankMode) -> tuple[Factors, float]:
     """The closest update that keeps what lies in U and V (`split.Split.closest`), and the truncation's relative error.
 
     Args:
-        module: the adapted module.
+        site: an adapted one.
         directions: of its displacement.
         strength: λ.
         rank: truncate to the adapter's rank, or keep the exact one of at most twice that.
     """
     if directions.rank == 0 or strength == 0:
-        return Factors.of(module), 0.0
-    parts = split(module.lora_b, module.lora_a, directions.left, directions.right)
+        return Factors.of(site), 0.0
+    parts = split(site.lora_b, site.lora_a, directions.left, directions.right)
     columns, rows = parts.closest(strength)
-    wanted = module.rank if rank is RankMode.KEEP else min(2 * module.rank, *columns.shape[:1], rows.shape[1])
+    wanted = site.rank if rank is RankMode.KEEP else min(2 * site.rank, *columns.shape[:1], rows.shape[1])
     columns, rows, error = truncate(columns, rows, wanted)
-    return Factors(rows.float(), columns.float(), module.scale), error
+    return replace(Factors.of(site), lora_a=rows.float(), lora_b=columns.float()), error
 
 
 def measure_displacements(
-    modules: Sequence[LoraModule],
+    sites: Sequence[Site],
     host: tuple[Checkpoint, dict[str, WeightMatch]],
     unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
     energy: float,
@@ -116,24 +113,24 @@ def measure_displacements(
     progress: Progress,
     observers: Sequence[Observer] = (),
 ) -> dict[str, ModuleDisplacement]:
-    """Stream both checkpoints once and keep the leading directions of every adapted module's displacement.
+    """Stream both checkpoints once and keep the leading directions of every adapted site's displacement.
 
     Args:
-        modules: the adapted modules.
-        host, unaligned: open checkpoints with the weight of every module.
+        sites: the adapted sites.
+        host, unaligned: open checkpoints with the weight of every site.
         energy: τ.
         rank: k, in the place of τ, or None.
         device: where the factorisations run.
-        progress: one step a module.
-        observers: called with every module and its D, (out, in), which is gone afterwards.
+        progress: one step a site.
+        observers: called with every site and its D, (out, in), which is gone afterwards.
 
     Raises:
         HostError: the two checkpoints do not differ, or a weight holds NaN or Inf.
     """
-    progress.stage("displacement", len(modules))
+    progress.stage("displacement", len(sites))
     result: dict[str, ModuleDisplacement] = {}
-    by_name = {module.name: module for module in modules}
-    for pair in _pairs(modules, host, unaligned):
+    by_name = {site.name: site for site in sites}
+    for pair in _pairs(sites, host, unaligned):
         found = with_cpu_in_reserve(partial(_directions, pair.displacement, energy, rank), device, progress.warn)
         for observe in observers:
             observe(by_name[pair.name], pair.displacement.to(found.right.device))
@@ -155,15 +152,15 @@ def _directions(displacement: Tensor, energy: float, rank: int | None, device: t
 
 
 def _pairs(
-    modules: Sequence[LoraModule],
+    sites: Sequence[Site],
     host: tuple[Checkpoint, dict[str, WeightMatch]],
     unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
 ) -> Iterator[_Pair]:
     """Displacements in the order in which they lie on disk, the next one being read while one is used."""
     checkpoint, matches = host
-    ordered = sorted(modules, key=lambda module: _place(checkpoint, matches[module.name].tensor))
+    ordered = sorted(sites, key=lambda site: _place(checkpoint, matches[site.name].tensor))
     with ThreadPoolExecutor(max_workers=1) as reader:
-        following = [reader.submit(_read_pair, module, host, unaligned) for module in ordered[:1]]
+        following = [reader.submit(_read_pair, site, host, unaligned) for site in ordered[:1]]
         for index in range(len(ordered)):
             current = following.pop()
             if index + 1 < len(ordered):
@@ -176,35 +173,25 @@ def _place(checkpoint: Checkpoint, name: str) -> tuple[str, str]:
 
 
 def _read_pair(
-    module: LoraModule,
+    site: Site,
     host: tuple[Checkpoint, dict[str, WeightMatch]],
     unaligned: tuple[Checkpoint, dict[str, WeightMatch]],
 ) -> _Pair:
-    weight, dtype = _read(module.name, *host)
-    other, other_dtype = _read(module.name, *unaligned)
+    (checkpoint, matches), (other_checkpoint, other_matches) = host, unaligned
+    weight, other = read_weight(checkpoint, matches[site.name]), read_weight(other_checkpoint, other_matches[site.name])
     displacement = weight - other
     if not bool(torch.isfinite(displacement).all()):
-        raise HostError(f"the weight of '{printable(module.name)}' holds NaN or Inf in the host or the unaligned model")
-    precision = min(_PRECISION.get(dtype, 24), _PRECISION.get(other_dtype, 24))
+        raise HostError(f"the weight of '{printable(site.name)}' holds NaN or Inf in the host or the unaligned model")
+    precision = min(
+        PRECISION[checkpoint.tensors[matches[site.name].tensor].dtype],
+        PRECISION[other_checkpoint.tensors[other_matches[site.name].tensor].dtype],
+    )
     return _Pair(
-        module.name,
+        site.name,
         displacement,
         float(torch.linalg.vector_norm(weight)),
         rounding_share(displacement, weight, precision),
     )
-
-
-def _read(name: str, checkpoint: Checkpoint, matches: dict[str, WeightMatch]) -> tuple[Tensor, str]:
-    """A module's weight as (out, in) in float32, and its stored dtype."""
-    match = matches[name]
-    stored = checkpoint.tensors[match.tensor]
-    if stored.dtype not in _PRECISION:
-        raise HostError(
-            f"'{printable(match.tensor)}' of the {checkpoint.role} is stored as {printable(stored.dtype)}",
-            "The weights source reads float32, float16 and bfloat16 checkpoints.",
-        )
-    weight = checkpoint.read(match.tensor).float()
-    return (weight.mT if match.is_transposed else weight), stored.dtype
 
 
 def rounding_share(displacement: Tensor, weight: Tensor, precision: int) -> float:

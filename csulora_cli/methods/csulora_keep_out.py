@@ -7,15 +7,15 @@ Our own formulation (`solver.attenuate`).
 
 from collections.abc import Mapping, Sequence
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.weights_source import keep_out
+from csulora_cli.formats.site import Site
 from csulora_cli.methods.method import DirectionsMethod, Family, logarithmic
 from csulora_cli.settings import DEFAULT_WEIGHTS_STRENGTH
 from csulora_cli.solver.displacement import Directions
 
 
-def repair(modules: Sequence[LoraModule], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
+def repair(modules: Sequence[Site], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
     """The closest updates at λ."""
     return {module.name: keep_out(module, directions[module.name], strength) for module in modules}
 

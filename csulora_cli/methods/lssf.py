@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
+from csulora_cli.formats.site import Site
 from csulora_cli.methods.method import DisplacementMethod, Family, logarithmic, with_displacement
 from csulora_cli.solver.displacement import Directions, leading_directions
 
@@ -38,7 +38,7 @@ def entropy_rank(singular_values: Tensor, share: float = ENTROPY_SHARE) -> int:
     return min(int((held < share * held[-1] * (1 - 1e-12)).sum()) + 1, shares.numel())
 
 
-def observe(_module: LoraModule, displacement: Tensor) -> Directions:
+def observe(_module: Site, displacement: Tensor) -> Directions:
     """The ρ leading directions of D. Cost O(out·in·m + m³), m = min(out, in): the entropy needs the whole spectrum."""
     wide = displacement.double()
     gram = wide.mT @ wide if wide.shape[0] > wide.shape[1] else wide @ wide.mT  # (m, m)
@@ -47,7 +47,7 @@ def observe(_module: LoraModule, displacement: Tensor) -> Directions:
     return leading_directions(displacement, rank=rank).compact()
 
 
-def repair(modules: Sequence[LoraModule], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
+def repair(modules: Sequence[Site], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
     """Add α = `strength` times the leading part of D."""
     return {module.name: with_displacement(module, directions[module.name], strength) for module in modules}
 

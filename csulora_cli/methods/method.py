@@ -7,16 +7,16 @@ Strength 0 gives the adapter back, and a method repairs more as its strength ris
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.prompts_source import Solver
+from csulora_cli.formats.site import Site
 from csulora_cli.solver.displacement import Directions
 
 Observation = TypeVar("Observation")
@@ -75,7 +75,7 @@ class FactorsMethod(Method):
         repair: (modules, strength) -> factors by module name.
     """
 
-    repair: Callable[[Sequence[LoraModule], float], dict[str, Factors]]
+    repair: Callable[[Sequence[Site], float], dict[str, Factors]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class DirectionsMethod(Method):
         repair: (modules, directions by module name, strength) -> factors by module name.
     """
 
-    repair: Callable[[Sequence[LoraModule], Mapping[str, Directions], float], dict[str, Factors]]
+    repair: Callable[[Sequence[Site], Mapping[str, Directions], float], dict[str, Factors]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ class DisplacementMethod(Method, Generic[Observation]):
         repair: (modules, observations by module name, strength) -> factors by module name.
     """
 
-    observe: Callable[[LoraModule, Tensor], Observation]
-    repair: Callable[[Sequence[LoraModule], Mapping[str, Observation], float], dict[str, Factors]]
+    observe: Callable[[Site, Tensor], Observation]
+    repair: Callable[[Sequence[Site], Mapping[str, Observation], float], dict[str, Factors]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,17 +159,17 @@ def random_basis(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return basis
 
 
-def unchanged(modules: Sequence[LoraModule]) -> dict[str, Factors]:
+def unchanged(modules: Sequence[Site]) -> dict[str, Factors]:
     """The adapter as it is."""
     return {module.name: Factors.of(module) for module in modules}
 
 
-def with_b(module: LoraModule, lora_b: Tensor) -> Factors:
+def with_b(module: Site, lora_b: Tensor) -> Factors:
     """The module with another B, (out, r)."""
-    return Factors(module.lora_a, lora_b.float().cpu(), module.scale)
+    return replace(Factors.of(module), lora_b=lora_b.float().cpu())
 
 
-def with_addition(module: LoraModule, columns: Tensor, rows: Tensor) -> Factors:
+def with_addition(module: Site, columns: Tensor, rows: Tensor) -> Factors:
     """Δ + columns·rows, exactly, by stacking the factors: B' = [s·B, columns], A' = [A; rows], scale 1.
 
     Args:
@@ -179,10 +179,10 @@ def with_addition(module: LoraModule, columns: Tensor, rows: Tensor) -> Factors:
     """
     lora_b = torch.cat([module.scale * module.lora_b.float(), columns.float().cpu()], dim=1)  # (out, r+k)
     lora_a = torch.cat([module.lora_a.float(), rows.float().cpu()], dim=0)  # (r+k, in)
-    return Factors(lora_a, lora_b, 1.0)
+    return replace(Factors.of(module), lora_a=lora_a, lora_b=lora_b, scale=1.0)
 
 
-def with_displacement(module: LoraModule, directions: Directions, strength: float) -> Factors:
+def with_displacement(module: Site, directions: Directions, strength: float) -> Factors:
     """Δ + strength · U Σ Vᵀ, exactly, at rank r + k."""
     if strength == 0 or directions.rank == 0:
         return Factors.of(module)

@@ -7,8 +7,8 @@ Linearly Distinct", arXiv 2505.14185, reports just that of other repairs).
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
+from csulora_cli.formats.site import Site
 from csulora_cli.methods import csulora_keep_in, csulora_keep_out
 from csulora_cli.methods.method import DirectionsMethod, Family, random_basis, seeded
 from csulora_cli.solver.displacement import Directions
@@ -22,14 +22,12 @@ def randomised(name: str, directions: Directions) -> Directions:
     return replace(directions, left=left, right=right).compact()
 
 
-def keep_in(modules: Sequence[LoraModule], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
+def keep_in(modules: Sequence[Site], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
     """keep-in, randomised."""
     return csulora_keep_in.repair(modules, _all_randomised(directions), strength)
 
 
-def keep_out(
-    modules: Sequence[LoraModule], directions: Mapping[str, Directions], strength: float
-) -> dict[str, Factors]:
+def keep_out(modules: Sequence[Site], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
     """keep-out, randomised."""
     return csulora_keep_out.repair(modules, _all_randomised(directions), strength)
 

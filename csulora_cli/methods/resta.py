@@ -9,13 +9,13 @@ drops entries of the update before, is not used: RESTA is published with and wit
 
 from collections.abc import Mapping, Sequence
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
+from csulora_cli.formats.site import Site
 from csulora_cli.methods.method import DirectionsMethod, Family, logarithmic, with_displacement
 from csulora_cli.solver.displacement import Directions
 
 
-def repair(modules: Sequence[LoraModule], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
+def repair(modules: Sequence[Site], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
     """Add γ = `strength` times the displacement."""
     return {module.name: with_displacement(module, directions[module.name], strength) for module in modules}
 

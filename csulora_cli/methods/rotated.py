@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
-from csulora_cli.engine.inputs import Moments
+from csulora_cli.engine.attach import Factors
+from csulora_cli.engine.inputs import Form, Moments
 from csulora_cli.engine.prompts_source import closest
+from csulora_cli.formats.site import Site
 from csulora_cli.methods.csulora_prompts import METHODS as _OWN
 from csulora_cli.methods.method import Family, MomentsMethod, random_basis, seeded
 
@@ -25,7 +25,10 @@ def rotated(moments: Moments, name: str) -> Moments:
     distribution of RH and costs O(in·N²), not O(in³).
     """
     harmful, generator = moments.harmful, seeded(name)
-    if not moments.are_tokens:
+    if moments.form is Form.DIAGONAL:  # of an embedding: the tokens change places, since a turned diagonal is none
+        places = torch.randperm(len(harmful), generator=generator).to(harmful.device)
+        return replace(moments, harmful=harmful[places])
+    if moments.form is Form.MOMENT:
         rotation = random_basis(harmful.shape[0], harmful.shape[0], generator).to(harmful.device)  # (in, in)
         return replace(moments, harmful=rotation @ harmful @ rotation.mT)
     triangle = torch.linalg.qr(harmful, mode="r").R  # T, (p, N)
@@ -33,7 +36,7 @@ def rotated(moments: Moments, name: str) -> Moments:
     return replace(moments, harmful=basis @ triangle)
 
 
-def solve(members: Sequence[LoraModule], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
+def solve(members: Sequence[Site], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
     """The closest updates at λ with the rotated moments."""
     return closest(members, rotated(moments, members[0].name), protect, strength)
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
+from csulora_cli.formats.site import Site
 from csulora_cli.methods.method import FactorsMethod, Family, counts, with_b
 
 
-def sharpness(module: LoraModule) -> float:
+def sharpness(module: Site) -> float:
     """σ₁/Σσ of Δ in [1/r, 1], and 0 for Δ = 0. B A = Q_b (R_b R_aᵀ) Q_aᵀ has the singular values of its core."""
     r_b = torch.linalg.qr(module.lora_b.double(), mode="r").R
     r_a = torch.linalg.qr(module.lora_a.double().mT, mode="r").R
@@ -25,7 +25,7 @@ def sharpness(module: LoraModule) -> float:
     return float(singular_values[0]) / total if total > 0 else 0.0
 
 
-def repair(modules: Sequence[LoraModule], strength: float) -> dict[str, Factors]:
+def repair(modules: Sequence[Site], strength: float) -> dict[str, Factors]:
     """Empty the N = `strength` sharpest modules."""
     score = {module.name: sharpness(module) for module in modules}
     chosen = set(sorted(score, key=lambda name: (-score[name], name))[: round(strength)])

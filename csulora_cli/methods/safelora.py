@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
+from csulora_cli.formats.site import Site
 from csulora_cli.methods.method import DisplacementMethod, Family, counts, linear, with_b
 
 
@@ -39,7 +39,7 @@ class Projection:
     cosine: float
 
 
-def observe(module: LoraModule, displacement: Tensor) -> Projection:
+def observe(module: Site, displacement: Tensor) -> Projection:
     """ĈB and the cosine. Cost O(out·in·r)."""
     wide, lora_b = displacement.double(), module.lora_b.to(displacement.device, torch.float64)
     norm = float(torch.linalg.matrix_norm(wide))
@@ -47,7 +47,7 @@ def observe(module: LoraModule, displacement: Tensor) -> Projection:
     return Projection(mapped.float().cpu(), cosine(mapped.cpu(), module))
 
 
-def cosine(mapped: Tensor, module: LoraModule) -> float:
+def cosine(mapped: Tensor, module: Site) -> float:
     """cos(B'A, BA) of a mapped B', (out, r), by Frobenius products: ⟨B'A, BA⟩ = tr(B'ᵀB · AAᵀ)."""
     lora_b, lora_a = module.lora_b.double(), module.lora_a.double()
     gram = lora_a @ lora_a.mT  # (r, r)
@@ -59,9 +59,7 @@ def cosine(mapped: Tensor, module: LoraModule) -> float:
     return inner(mapped, lora_b) / math.sqrt(size) if size > 0 else math.nan
 
 
-def by_threshold(
-    modules: Sequence[LoraModule], projections: Mapping[str, Projection], strength: float
-) -> dict[str, Factors]:
+def by_threshold(modules: Sequence[Site], projections: Mapping[str, Projection], strength: float) -> dict[str, Factors]:
     """Replace B where the cosine is at most τ = `strength`."""
     return {
         module.name: with_b(module, projections[module.name].lora_b)
@@ -71,9 +69,7 @@ def by_threshold(
     }
 
 
-def by_number(
-    modules: Sequence[LoraModule], projections: Mapping[str, Projection], strength: float
-) -> dict[str, Factors]:
+def by_number(modules: Sequence[Site], projections: Mapping[str, Projection], strength: float) -> dict[str, Factors]:
     """Replace B in the `strength` modules of smallest cosine."""
     able = [module.name for module in modules if not math.isnan(projections[module.name].cosine)]
     chosen = set(sorted(able, key=lambda name: (projections[name].cosine, name))[: round(strength)])

@@ -7,21 +7,21 @@ U are the leading left singular directions of D. The published Ĉ = DDᵀ/‖D�
 
 from collections.abc import Mapping, Sequence
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
+from csulora_cli.formats.site import Site
 from csulora_cli.methods.method import DirectionsMethod, Family, linear
 from csulora_cli.methods.safelora import Projection, by_threshold, cosine
 from csulora_cli.solver.displacement import Directions
 
 
-def project(module: LoraModule, directions: Directions) -> Projection:
+def project(module: Site, directions: Directions) -> Projection:
     """PB and the cosine. Cost O(out·k·r)."""
     left = directions.left.double()
     mapped = left @ (left.mT @ module.lora_b.double())  # (out, r)
     return Projection(mapped.float(), cosine(mapped, module))
 
 
-def repair(modules: Sequence[LoraModule], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
+def repair(modules: Sequence[Site], directions: Mapping[str, Directions], strength: float) -> dict[str, Factors]:
     """Replace B where the cosine is at most τ = `strength`."""
     projections = {module.name: project(module, directions[module.name]) for module in modules}
     return by_threshold(modules, projections, strength)

@@ -6,16 +6,17 @@ It is also run at the norm of what csulora leaves: a repair that does no better 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from csulora_cli.adapter import LoraModule
-from csulora_cli.engine.host import Factors
+from csulora_cli.engine.attach import Factors
+from csulora_cli.formats.site import Site
 from csulora_cli.methods.method import FactorsMethod, Family, logarithmic
 
 
-def repair(modules: Sequence[LoraModule], strength: float) -> dict[str, Factors]:
+def repair(modules: Sequence[Site], strength: float) -> dict[str, Factors]:
     """Divide every update by 1 + λ, λ = `strength`."""
     return {
-        module.name: Factors((module.lora_a.double() / (1 + strength)).float(), module.lora_b, module.scale)
+        module.name: replace(Factors.of(module), lora_a=(module.lora_a.double() / (1 + strength)).float())
         for module in modules
     }
 

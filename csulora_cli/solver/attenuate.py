@@ -4,7 +4,7 @@ For a penalty λC on the input side and a protection βC_b (method.md, "prompts"
 
     min_X ‖X − Δ‖² + β‖(X − Δ) C_b^½‖² + λ‖X C^½‖²   ⇒   A' = A (I + βC_b)(I + βC_b + λC)⁻¹,   B' = B
 
-Three ways to the same A', for three shapes of C. Modules that read the same input share the factorisation: stack their
+Four ways to the same A', for four shapes of C. Modules that read the same input share the factorisation: stack their
 A's. A Cholesky factorisation per (β, λ) beats one eigendecomposition for all λ, up to about twenty of them, and it
 leaves β free too (scripts/bench.py solver).
 """
@@ -66,6 +66,28 @@ def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: f
     lower = torch.linalg.cholesky(system)
     coordinates: Tensor = torch.cholesky_solve(right.mT, lower)  # W⁻¹[√λ A H, 0]ᵀ, (N + N_b, r)
     return lora_a - coordinates.mT @ columns.mT
+
+
+def by_diagonal(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
+    """A' where the moments are diagonal, as those of an embedding, whose inputs are unit vectors.
+
+    Each column of A is multiplied by (1 + βc_b)/(1 + βc_b + λc_h), one minus λc_h over the same.
+
+    Args:
+        lora_a: A, (r, in).
+        harmful: the diagonal of C_h, (in,).
+        benign: the diagonal of C_b, (in,), or None for β = 0.
+        protect: β >= 0.
+        strength: λ >= 0; 0 gives A back.
+
+    Returns:
+        (r, in), float64. Cost O(r·in).
+    """
+    lora_a, load = lora_a.double(), strength * harmful.double()
+    kept = torch.ones_like(load)
+    if benign is not None and protect > 0:
+        kept = kept + protect * benign.double()
+    return lora_a - lora_a * (load / (kept + load))
 
 
 def by_directions(lora_a: Tensor, basis: Tensor, gains: Tensor, strength: float) -> Tensor:

@@ -1,0 +1,133 @@
+"""What modules and parameters a host has: names, kinds and shapes, without any weight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from csulora_cli.errors import HostError
+from csulora_cli.text import printable
+
+
+@dataclass(frozen=True)
+class HostModule:
+    """One module.
+
+    Attributes:
+        kind: the name of its class, for people; Conv1D is told apart by it.
+        layer: which of torch's layers it is ("linear", "embedding", "convolution"), or None.
+        shapes: its own parameters in the order of their definition, with their shapes.
+        is_transposed: the module says that it stores its experts as (experts, in, out).
+        irregular: what makes a convolution differ from the one that PEFT runs beside it, or None.
+    """
+
+    kind: str
+    layer: str | None
+    shapes: Mapping[str, tuple[int, ...]]
+    is_transposed: bool
+    irregular: str | None
+
+    @property
+    def is_conv1d(self) -> bool:
+        """A linear layer that stores its weight as (in, out)."""
+        return self.kind == "Conv1D"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The modules of a host; buffers and weights are not kept.
+
+    Attributes:
+        modules: by name, in the order of the host.
+        ties: the other names of a weight that several modules share, by each of its names.
+    """
+
+    modules: Mapping[str, HostModule]
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def shape(self, weight: str) -> tuple[int, ...] | None:
+        """The shape of a parameter by its whole name; None if there is none."""
+        module, _, parameter = weight.rpartition(".")
+        found = self.modules.get(module)
+        return found.shapes.get(parameter) if found else None
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """The structure of a model in memory or on the meta device."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    ties = {name: tuple(other for other in own if other != name) for own in names.values() for name in own}
+    return Structure(
+        {name: _describe(module) for name, module in model.named_modules()},
+        {name: others for name, others in ties.items() if others},
+    )
+
+
+def _describe(module: nn.Module) -> HostModule:
+    layer = None
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        layer = "linear"
+    elif isinstance(module, nn.Embedding):
+        layer = "embedding"
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        layer = "convolution"
+    return HostModule(
+        type(module).__name__,
+        layer,
+        {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)},
+        bool(getattr(module, "is_transposed", False)),
+        _irregularity(module) if layer == "convolution" else None,
+    )
+
+
+def _irregularity(module: Any) -> str | None:
+    if module.groups > 1:
+        return f"{module.groups} groups"
+    if set(module.dilation) != {1}:
+        return "dilation"
+    return None if module.padding_mode == "zeros" else f"padding mode {module.padding_mode}"
+
+
+def read_structure(folder: Path, given: str, trust_remote_code: bool) -> Structure:
+    """The structure of the model in a folder, built from its config on the meta device: no weights, no memory.
+
+    Args:
+        folder: the model.
+        given: what to call it in messages.
+        trust_remote_code: let its own code run.
+
+    Raises:
+        HostError: transformers does not know such a model.
+    """
+    import transformers
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, **options)
+        with torch.device("meta"):
+            model = model_class(config).from_config(config, **options)
+    except Exception as problem:  # transformers and the host's own code raise anything
+        raise HostError(
+            f"cannot tell what modules {printable(given)} has: {printable(problem)}",
+            "Check that transformers can load it.",
+        ) from None
+    return structure_of(model)
+
+
+def model_class(config: Any) -> Any:
+    """The first of transformers' automatic classes that generates text and knows this kind of config."""
+    import transformers
+
+    choices = (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForSeq2SeqLM,
+    )
+    for choice in choices:
+        if type(config) in choice._model_mapping:
+            return choice
+    return transformers.AutoModelForCausalLM  # also for what brings its own code; it says what is missing

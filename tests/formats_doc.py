@@ -1,0 +1,72 @@
+"""`docs/formats.md`: what was repaired, carried and refused, written from what the tests measured."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+# Errors differ in their last digits from machine to machine; these bounds do not.
+_BOUNDS = (2e-6, 2e-5)
+
+_HEAD = """# Adapters that csulora reads
+
+The tests write this file (`pytest tests/test_formats.py --write-docs`) and fail when it is stale. PEFT 0.21 makes
+every variant on a tiny random host; the error is ‖logits − PEFT's‖ / ‖PEFT's − the host's‖, of the adapter as csulora
+reads it and of the repaired one as PEFT loads what was written. "Carried" is what goes along as it was: it is named in
+the report, and `--strict` refuses it where it replaces a weight of the host or acts beside the update.
+"""
+
+_SPELLINGS = """## Spellings
+
+Each is the same adapter, written otherwise. It comes out as PEFT writes it, bit for bit the repair of what PEFT wrote.
+A spelling is taken only if it alone puts every tensor on a module of the host that has the right shape.
+"""
+
+_OTHER = """## mlx-lm
+
+`adapters.safetensors` with `lora_a` and `lora_b` is repaired in that layout, on linear layers and embeddings.
+
+## Refused
+
+One line says what is wrong, one what to do; nothing is written. Damaged files and configs are in
+`tests/test_adapter.py`.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One good variant as it was measured."""
+
+    name: str
+    group: str
+    carried: Sequence[str]
+    conversions: Sequence[str]
+    read_error: float
+    written_error: float
+
+
+def render(rows: Sequence[Row], spellings: Mapping[str, Sequence[str]], refusals: Mapping[str, str]) -> str:
+    """The whole file."""
+    parts = [_HEAD, f"## Repaired: {len(rows)} variants\n"]
+    for group in dict.fromkeys(row.group for row in rows):
+        own = [row for row in rows if row.group == group]
+        parts += [f"### {group}\n", _table(("variant", "carried", "rewritten", "read", "written"), map(_cells, own))]
+    parts += [_SPELLINGS, _table(("spelling", "rewritten"), ((name, _join(how)) for name, how in spellings.items()))]
+    parts += [_OTHER, _table(("kind", "the message says"), refusals.items())]
+    return "\n".join(parts)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.name, _join(row.carried), _join(row.conversions), bound(row.read_error), bound(row.written_error)
+
+
+def bound(error: float) -> str:
+    """The error as one of a few bounds."""
+    return next((f"≤ {limit:.0e}".replace("e-0", "e-") for limit in _BOUNDS if error <= limit), f"{error:.0e}")
+
+
+def _join(words: Sequence[str]) -> str:
+    return "; ".join(words)
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

@@ -1,0 +1,315 @@
+"""Every variant of adapter: read as PEFT reads it, repaired, and read by PEFT again."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from conftest import make_adapter
+from formats_doc import Row, render
+from safetensors.torch import load_file
+from test_spelling import WILD, written
+from torch import Tensor
+from variants import EXPERTS, GOOD, MONTECLORA, QV, REFUSED, VELORA, Variant
+
+from csulora_cli import api
+from csulora_cli.adapter import Adapter, bind, read_adapter, with_weights
+from csulora_cli.api import fix_adapter
+from csulora_cli.engine import behaviour
+from csulora_cli.engine.attach import Update, weight_of
+from csulora_cli.engine.host import Host, load_host
+from csulora_cli.errors import HostError, InputError, UnsupportedError
+from csulora_cli.formats.structure import read_structure, structure_of
+from csulora_cli.locate import Location
+from csulora_cli.report import FixReport
+from csulora_cli.settings import DoraMode, FixSettings, Geometry, RankMode
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[1, 5, 9, 33, 12, 7, 3, 40]])
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant: the repair's report, and how far logits are from PEFT's, as shares of what the adapter does.
+
+    Attributes:
+        report: of the repair.
+        read_error: of the adapter as it was read.
+        written_error: of what was written.
+        before, after: the tensors of both files.
+    """
+
+    report: FixReport
+    read_error: float
+    written_error: float
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(behaviour, "ANSWER_TOKENS", 1)
+    monkeypatch.setattr(api, "PROTECTED_TOKENS", 3)
+
+
+@pytest.fixture(scope="module")
+def measured(hosts: Callable[..., Path], prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`measured(name)`: the variant made by PEFT, read, repaired, and loaded by PEFT again; each is done once."""
+
+    @cache
+    def measure(name: str) -> Measured:
+        variant = GOOD[name]
+        folder = tmp_path_factory.mktemp("variant")
+        host_folder = hosts(variant.host)
+        adapter = make_variant(variant, host_folder, folder / "adapter")
+        out = folder / "out"
+        report = fix_adapter(
+            FixSettings(str(adapter), base=str(host_folder), out=out, prompts=prompts, strength=3.0, protect=0.5)
+        )
+        read = adapter
+        if report.conversions:  # at λ = 0 what is written is the adapter as it was rewritten
+            read = folder / "rewritten"
+            fix_adapter(FixSettings(str(adapter), base=str(host_folder), out=read, prompts=prompts, strength=0.0))
+        host = load_host(Location("host", host_folder), CPU, "auto", trust_remote_code=False)
+        plain = logits(host.model)
+        return Measured(
+            report,
+            gap(adapted_logits(host, read), peft_logits(host_folder, adapter), plain),
+            gap(adapted_logits(host, out), peft_logits(host_folder, out), plain),
+            load_file(adapter / WEIGHTS),
+            load_file(out / WEIGHTS),
+        )
+
+    return measure
+
+
+def make_variant(variant: Variant, host: Path, folder: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied weights and of what targets nothing
+        make_adapter(host, folder, **variant.options)
+    if variant.change is not None:
+        variant.change(folder)
+    return folder
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+def peft_logits(host: Path, adapter: Path) -> Tensor:
+    """What PEFT makes of an adapter; a key that it misses or does not know is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        return logits(oracle.with_adapter(host, adapter))
+
+
+def adapted_logits(host: Host, folder: Path) -> Tensor:
+    with host.adapted(Update.of(bound(host, folder))):
+        return logits(host.model)
+
+
+def bound(host: Host, folder: Path) -> Adapter:
+    structure = structure_of(host.model)
+    found = bind(read_adapter(folder), structure)
+    return with_weights(found, structure, lambda site: weight_of(host.model, site.place))
+
+
+def gap(ours: Tensor, theirs: Tensor, plain: Tensor) -> float:
+    return float((ours - theirs).norm() / (theirs - plain).norm())
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_variant_is_repaired(name: str, measured: Callable[[str], Measured]) -> None:
+    found = measured(name)
+    report = found.report
+    # The update is PEFT's, and PEFT reads what was written as it was meant.
+    assert found.read_error < 2e-5
+    assert found.written_error < 2e-5
+    # It moved, in no module against the objective, and every tensor is accounted for.
+    assert report.moved > 0
+    counts = dict(report.tensors)
+    assert counts.pop("total") == sum(counts.values()) == len(found.before)
+    assert counts["changed"] > 0
+    assert {record.key for record in report.carried} <= found.after.keys()
+    if not report.conversions:
+        assert_only_factors_changed(found)
+
+
+def assert_only_factors_changed(found: Measured) -> None:
+    """Same keys, shapes and dtypes; whatever is neither A nor a magnitude that follows A keeps every bit."""
+    assert found.before.keys() == found.after.keys()
+    for key, tensor in found.before.items():
+        assert found.after[key].shape == tensor.shape
+        assert found.after[key].dtype == tensor.dtype
+        if not any(part in key for part in ("lora_A", "lora_embedding_A", "lora_magnitude")):
+            assert torch.equal(found.after[key], tensor), key
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_kind_that_is_not_repaired_is_refused_by_name(
+    name: str, hosts: Callable[..., Path], prompts: Path, tmp_path: Path
+) -> None:
+    kind = REFUSED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = kind.make(hosts(kind.host), tmp_path / "adapter")
+    with pytest.raises(InputError) as caught:
+        fix_adapter(FixSettings(str(adapter), base=str(hosts(kind.host)), out=tmp_path / "out", prompts=prompts))
+    assert kind.message in caught.value.message
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_documentation_says_what_was_measured(
+    measured: Callable[[str], Measured], request: pytest.FixtureRequest, plain_conversions: dict[str, Sequence[str]]
+) -> None:
+    rows = []
+    for name, variant in GOOD.items():
+        found = measured(name)
+        effects = [record.effect for record in found.report.carried]
+        carried = [f"{effects.count(effect)} {CARRIED_WORDS[effect]}" for effect in dict.fromkeys(effects)]
+        conversions = found.report.conversions
+        rows.append(Row(name, variant.group, carried, conversions, found.read_error, found.written_error))
+    text = render(rows, plain_conversions, {name: kind.message for name, kind in REFUSED.items()})
+    path = Path(__file__).parents[1] / "docs" / "formats.md"
+    if request.config.getoption("--write-docs"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text, "stale: run pytest tests/test_formats.py --write-docs"
+
+
+CARRIED_WORDS = {"replaces": "replaced", "copy": "copies", "bias": "biases", "training": "of training only"}
+
+
+@pytest.fixture(scope="module")
+def plain_conversions(hosts: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sequence[str]]:
+    """How each wild spelling is rewritten."""
+    folder = tmp_path_factory.mktemp("spellings")
+    plain = make_adapter(hosts("llama"), folder / "plain", target_modules=QV)
+    structure = read_structure(hosts("llama"), "host", trust_remote_code=False)
+    return {
+        name: bind(read_adapter(written(plain, folder / str(index), wild)), structure).conversions
+        for index, (name, wild) in enumerate(WILD.items())
+    }
+
+
+# What only one source or one option does
+
+
+@pytest.fixture
+def fix(hosts: Callable[..., Path], prompts: Path, tmp_path: Path) -> Callable[..., tuple[Path, Path, FixReport]]:
+    """`fix(host, adapter options, source, settings)`: the adapter, what was written, and the report."""
+
+    def run(kind: str, made: dict[str, Any], **settings: Any) -> tuple[Path, Path, FixReport]:
+        adapter, out = make_variant(Variant("", kind, made), hosts(kind), tmp_path / "adapter"), tmp_path / "out"
+        own = settings if "unaligned" in settings else {"prompts": prompts, **settings}
+        return adapter, out, fix_adapter(FixSettings(str(adapter), base=str(hosts(kind)), out=out, **own))
+
+    return run
+
+
+WEIGHTS_SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
+    "embedding": ("llama", {"target_modules": ["embed_tokens"]}),
+    "embedding and output layer": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied output layer": ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
+    "convolution": ("convolution", {"target_modules": ["mix", "out"]}),
+    "experts in one tensor": ("gpt-oss", {"target_modules": [], "target_parameters": EXPERTS}),
+    "router": ("gpt-oss", {"target_modules": [], "target_parameters": ["mlp.router.weight"]}),
+    "LoRA biases": ("qwen2", {"target_modules": QV, "lora_bias": True}),
+    "DoRA": ("llama", {"target_modules": QV, "use_dora": True}),
+    "VeLoRA": ("llama", {"target_modules": QV, "velora_config": VELORA}),
+    "MonteCLoRA": ("llama", {"target_modules": QV, "monteclora_config": MONTECLORA}),
+    "pissa": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa"}),
+}
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "keep-out": {"geometry": Geometry.KEEP_OUT},
+    "keep-in": {"geometry": Geometry.KEEP_IN},
+    "keep-in, exact rank": {"geometry": Geometry.KEEP_IN, "rank": RankMode.EXACT},
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("name", WEIGHTS_SOURCE)
+def test_the_weights_source_repairs_every_layout(
+    name: str, geometry: str, fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+) -> None:
+    kind, made = WEIGHTS_SOURCE[name]
+    unaligned = str(hosts(kind, seed=7))
+    _, out, report = fix(kind, made, unaligned=unaligned, strength=3.0, **GEOMETRIES[geometry])
+    assert report.moved > 0
+    counts = dict(report.tensors)
+    assert counts.pop("total") == sum(counts.values())
+    host = load_host(Location("host", hosts(kind)), CPU, "float32", trust_remote_code=False)
+    assert gap(adapted_logits(host, out), peft_logits(hosts(kind), out), logits(host.model)) < 2e-5
+
+
+def test_experts_that_lie_apart_on_disk_are_refused_by_the_weights_source(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+) -> None:
+    made = {"target_modules": [], "target_parameters": EXPERTS}
+    with pytest.raises(HostError, match=r"0 of 16 adapted .* exist in the host"):
+        fix("mixtral", made, unaligned=str(hosts("mixtral", seed=7)))
+
+
+def test_the_keep_out_update_of_an_embedding_is_the_dense_one(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+) -> None:
+    made = {"target_modules": ["embed_tokens"]}
+    adapter, out, _ = fix("llama", made, unaligned=str(hosts("llama", seed=7)), strength=3.0)
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    before, after = load_file(adapter / WEIGHTS), load_file(out / WEIGHTS)
+    tables = [
+        load_file(hosts("llama", **options) / "model.safetensors")["model.embed_tokens.weight"].double()
+        for options in ({}, {"seed": 7})
+    ]
+    update = 2.0 * (before[f"{prefix}B"] @ before[f"{prefix}A"]).double()  # (dim, vocab)
+    wanted = oracle.keep_out(update, (tables[0] - tables[1]).mT, 3.0, 0.9, None)
+    found = 2.0 * (after[f"{prefix}B"] @ after[f"{prefix}A"]).double()
+    assert oracle.relative_gap(found, wanted) < 1e-5
+
+
+def test_dora_merged_is_the_truncated_change_of_the_weight(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+) -> None:
+    made = {"target_modules": ["q_proj"], "use_dora": True}
+    adapter, out, report = fix("llama", made, strength=0.0, dora=DoraMode.MERGE_SVD)
+    changes = oracle.weight_changes(hosts("llama"), adapter)
+    lost = total = 0.0
+    for name, found in oracle.merged_updates(hosts("llama"), out).items():
+        wanted = oracle.truncated(changes[name], 4)
+        assert oracle.relative_gap(found, wanted) < 1e-4
+        lost += float((changes[name] - wanted).square().sum())
+        total += float(changes[name].square().sum())
+    assert f"missing {100 * (lost / total) ** 0.5:.2g}%" in report.conversions[0]
+
+
+@pytest.mark.parametrize("options", [{"dora": DoraMode.REFUSE}, {"strict": True}])
+def test_dora_can_be_refused(options: dict[str, Any], fix: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="DoRA"):
+        fix("llama", {"target_modules": QV, "use_dora": True}, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, variant in GOOD.items() if variant.group == "Carried along"])
+def test_strict_refuses_what_acts_beside_the_updates(
+    name: str, measured: Callable[[str], Measured], fix: Callable[..., Any], tmp_path: Path
+) -> None:
+    variant = GOOD[name]
+    active = [record.key for record in measured(name).report.carried if record.is_active]
+    assert measured(name).report.carried
+    if not active:  # copies, or what only training reads
+        assert fix(variant.host, variant.options, strict=True, strength=0.0)[2].is_unchanged
+        return
+    assert any("carried as they are" in warning for warning in measured(name).report.warnings)
+    with pytest.raises(UnsupportedError, match="--strict"):
+        fix(variant.host, variant.options, strict=True)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,269 @@
+"""Variants of adapters, good ones and kinds that are refused: what `docs/formats.md` lists.
+
+Good ones are what PEFT is asked to make on some tiny host. Refused ones are kinds of adapters, not damaged files: those
+are in `test_adapter.py`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from conftest import make_adapter
+from safetensors.torch import load_file, save_file
+
+QV = ["q_proj", "v_proj"]
+VELORA = peft.tuners.lora.config.VeloraConfig()
+MONTECLORA = peft.tuners.lora.config.MontecloraConfig()
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One adapter.
+
+    Attributes:
+        group: the heading that it stands under.
+        host: of `conftest.make_host`.
+        options: of `conftest.make_adapter`.
+        change: what is done to the saved folder.
+    """
+
+    group: str
+    host: str
+    options: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[Path], None] | None = None
+
+
+def _variants(group: str, host: str, cases: dict[str, dict[str, Any]], **common: Any) -> dict[str, Variant]:
+    return {f"{name} ({host})": Variant(group, host, {**common, **options}) for name, options in cases.items()}
+
+
+_SELECTION = {
+    "one module": {"target_modules": ["q_proj"]},
+    "several modules": {"target_modules": [*QV, "down_proj"]},
+    "full names": {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*\.1\.self_attn\.(q|o)_proj"},
+    "excluded names": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "mlp.up_proj"]},
+    "excluded by regex": {"target_modules": r".*_proj", "exclude_modules": r".*\.0\..*"},
+    "one layer": {"target_modules": QV, "layers_to_transform": 1},
+    "a list of layers": {"target_modules": QV, "layers_to_transform": [0, 1]},
+    "layers by pattern": {"target_modules": QV, "layers_to_transform": [0], "layers_pattern": "layers"},
+    "layers by two patterns": {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    "output layer": {"target_modules": ["lm_head"]},
+}
+_SCALES = {
+    "rank 1": {"r": 1},
+    "rank 3, alpha 9": {"r": 3, "lora_alpha": 9},
+    "rank above the width": {"r": 40, "lora_alpha": 40},
+    "alpha a fraction": {"lora_alpha": 2.5},
+    "alpha below zero": {"lora_alpha": -4},
+    "rsLoRA": {"use_rslora": True},
+    "rsLoRA, rank 5, alpha 3": {"use_rslora": True, "r": 5, "lora_alpha": 3},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}},
+    "rank_pattern by regex": {"rank_pattern": {r"layers\.1\..*": 6}},
+    "rank_pattern anchored": {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 7}},
+    "alpha_pattern": {"alpha_pattern": {"v_proj": 1}},
+    "alpha_pattern, two keys fit": {"alpha_pattern": {"layers.0.self_attn.q_proj": 20, "q_proj": 3}},
+    "both patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r".*\.0\..*": 5}},
+    "both patterns, rsLoRA": {"use_rslora": True, "rank_pattern": {"v_proj": 9}, "alpha_pattern": {"q_proj": 30}},
+}
+_STORED = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "float8_e5m2": {"dtype": torch.float8_e5m2},
+}
+_INITS = {
+    f"init {name}": {"init_lora_weights": name}
+    for name in (False, "gaussian", "orthogonal", "mica", "pissa", "olora")
+} | {
+    "init pissa, rsLoRA, patterns": {
+        "init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3},
+    },
+    "init olora, alpha 9": {"init_lora_weights": "olora", "lora_alpha": 9},
+}  # fmt: skip
+_EMBEDDINGS = {
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "embedding and layers": {"target_modules": ["embed_tokens", *QV]},
+    "embedding and output layer": {"target_modules": ["embed_tokens", "lm_head"]},
+    "embedding, rsLoRA, own rank": {
+        "target_modules": ["embed_tokens", "q_proj"], "use_rslora": True, "rank_pattern": {"embed_tokens": 7},
+    },
+    "embedding, own alpha": {"target_modules": ["embed_tokens"], "alpha_pattern": {"embed_tokens": 3}},
+}  # fmt: skip
+_TIED = {
+    "tied embedding": {"target_modules": ["embed_tokens"]},
+    "tied embedding, trained apart from the output layer": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "tied output layer": {"target_modules": ["lm_head", "v_proj"]},
+    "ensure_weight_tying without either": {"target_modules": QV, "ensure_weight_tying": True},
+}
+_CONVOLUTIONS = {
+    "convolution": {"target_modules": ["mix"]},
+    "convolution, rsLoRA": {"target_modules": ["mix"], "use_rslora": True, "r": 3},
+    "convolution, own rank and alpha": {
+        "target_modules": ["mix", "out"], "rank_pattern": {"mix": 7}, "alpha_pattern": {"mix": 2},
+    },
+    "convolution, linear and embedding": {"target_modules": ["mix", "out", "embed"]},
+    "convolution with a LoRA bias": {"target_modules": ["mix"], "lora_bias": True},
+}  # fmt: skip
+_PARAMETERS = {
+    "experts, first parameter": {"target_parameters": EXPERTS[:1]},
+    "experts, second parameter": {"target_parameters": EXPERTS[1:]},
+    "experts, both": {"target_parameters": EXPERTS},
+    "experts, other order": {"target_parameters": EXPERTS[::-1]},
+    "experts and layers": {"target_modules": QV, "target_parameters": EXPERTS},
+    "experts, rsLoRA": {"target_parameters": EXPERTS, "use_rslora": True},
+    "experts, own rank and alpha": {
+        "target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 6}, "alpha_pattern": {"gate_up_proj": 3},
+    },
+}  # fmt: skip
+_CARRIED = {
+    "modules_to_save, output layer": {"modules_to_save": ["lm_head"]},
+    "modules_to_save, embedding": {"modules_to_save": ["embed_tokens"]},
+    "modules_to_save, norms": {"modules_to_save": ["norm"]},
+    "trained tokens": {"trainable_token_indices": [3, 5, 40]},
+    "trained tokens by module": {"trainable_token_indices": {"embed_tokens": [7]}},
+    "trained tokens and lm_head": {"trainable_token_indices": [3], "modules_to_save": ["lm_head"]},
+    "VeLoRA": {"velora_config": VELORA},
+    "MonteCLoRA": {"monteclora_config": MONTECLORA},
+}
+_BLOCKS = {
+    "BD-LoRA, blocks in A": {"target_modules_bd_a": QV},
+    "BD-LoRA, blocks in B": {"target_modules_bd_b": QV},
+    "BD-LoRA, blocks in both": {"target_modules_bd_a": ["v_proj"], "target_modules_bd_b": ["q_proj"]},
+}
+_DORA = {
+    "DoRA": {},
+    "DoRA, rsLoRA, own rank": {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    "DoRA in bfloat16": {"dtype": torch.bfloat16},
+}
+_BIASES = {
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only"},
+    "LoRA biases": {"lora_bias": True},
+    "LoRA biases, rsLoRA": {"lora_bias": True, "use_rslora": True},
+}
+_ROUTERS = {
+    "mixtral": {"router": {"target_parameters": ["mlp.gate.weight"]}},
+    "qwen3-moe": {"router and experts": {"target_parameters": ["mlp.gate.weight", *EXPERTS]}},
+    "gpt-oss": {"router": {"target_parameters": ["mlp.router.weight"]}},
+}
+
+GOOD: dict[str, Variant] = {
+    **_variants("Linear layers: which", "llama", _SELECTION),
+    **_variants("Linear layers: rank and scale", "llama", _SCALES, target_modules=QV),
+    **_variants("Linear layers: how stored", "llama", _STORED, target_modules=QV),
+    **_variants("Linear layers: how begun", "llama", _INITS, target_modules=QV),
+    **_variants("Other hosts", "qwen2", {"all-linear": {}, "rsLoRA": {"use_rslora": True}}),
+    **_variants("Other hosts", "gemma3", {"all-linear": {}, "alpha_pattern": {"alpha_pattern": {"q_proj": 1}}}),
+    **_variants("Other hosts", "gpt2", {
+        "Conv1D": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+        "Conv1D, init pissa": {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": "pissa"},
+        "Conv1D, rank_pattern": {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {r"h\.1.*": 2}},
+        "Conv1D and embedding": {"target_modules": ["c_attn", "wte"]},
+        "output layer": {"target_modules": ["lm_head", "c_attn"]},
+    }),
+    **_variants("Other hosts", "mixtral", {"attention": {"target_modules": QV}}),
+    **_variants("Vision-language hosts", "llava", {
+        "language model by regex": {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
+        "names that both towers have": {"target_modules": ["gate_proj", "up_proj"]},
+        "output layer": {"target_modules": ["lm_head", "o_proj"]},
+        "towers excluded": {"target_modules": QV, "exclude_modules": r".*vision_tower.*"},
+        "embedding": {"target_modules": ["embed_tokens"]},
+    }),
+    **_variants("Embeddings and output layers", "llama", _EMBEDDINGS),
+    **_variants("Embeddings and output layers", "llama-tied", _TIED),
+    **_variants("Embeddings and output layers", "gemma3", {"scaled embedding": {"target_modules": ["embed_tokens"]}}),
+    **_variants("Convolutions", "convolution", _CONVOLUTIONS),
+    **_variants("Parameters", "mixtral", _PARAMETERS, target_modules=[]),
+    **_variants("Parameters", "qwen3-moe", {"experts, both": _PARAMETERS["experts, both"]}, target_modules=[]),
+    **_variants("Parameters", "gpt-oss", {
+        name: _PARAMETERS[name] for name in ("experts, first parameter", "experts, both", "experts, own rank and alpha")
+    }, target_modules=[]),
+    **{name: variant for host, cases in _ROUTERS.items()
+       for name, variant in _variants("Parameters", host, cases, target_modules=[]).items()},
+    **_variants("DoRA", "llama", _DORA, target_modules=QV, use_dora=True),
+    **_variants("DoRA", "qwen2", {"DoRA beside biases": {"target_modules": QV, "use_dora": True}}),
+    **_variants("DoRA", "gpt2", {"DoRA on Conv1D": {"target_modules": ["c_attn", "c_fc"], "use_dora": True}}),
+    **_variants("Carried along", "llama", _CARRIED, target_modules=QV),
+    **_variants("Carried along", "llama-tied", {
+        "trained tokens, tied": {"trainable_token_indices": [3, 9]},
+        "modules_to_save, tied embedding": {"modules_to_save": ["embed_tokens"]},
+        "modules_to_save, both ends tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    }, target_modules=QV),
+    **_variants("Carried along", "qwen2", _BIASES, target_modules=QV),
+    **{name: variant for case, blocks in _BLOCKS.items() for name, variant in _variants(
+        "Rewritten as plain LoRA", "llama",
+        {case: {"use_bdlora": peft.tuners.lora.config.BdLoraConfig(**blocks, nblocks=2)}}, target_modules=QV).items()},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One kind of adapter that is refused.
+
+    Attributes:
+        message: what the refusal says.
+        host: of `conftest.make_host`.
+        options: of `conftest.make_adapter`.
+        config: what is written into the saved config.
+        rename: how keys of the saved file are changed.
+    """
+
+    message: str
+    host: str = "llama"
+    options: dict[str, Any] = field(default_factory=lambda: {"target_modules": QV})
+    config: dict[str, Any] = field(default_factory=dict)
+    rename: Callable[[str], str] = str
+
+    def make(self, host: Path, folder: Path) -> Path:
+        """Write it."""
+        make_adapter(host, folder, **self.options)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | self.config))
+        weights = folder / "adapter_model.safetensors"
+        save_file({self.rename(key): tensor for key, tensor in load_file(weights).items()}, weights)
+        return folder
+
+
+REFUSED: dict[str, Refused] = {
+    "aLoRA": Refused("aLoRA", config={"alora_invocation_tokens": [5, 6]}),
+    "Arrow": Refused("Arrow", config={"arrow_config": {"arrow_top_k": 2}}),
+    "KaSA": Refused("KaSA", config={"kasa_config": {"beta": 1e-4}}),
+    "KaSA, by its tensors": Refused("KaSA", rename=lambda key: key.replace("lora_A.weight", "lora_diag")),
+    "QALoRA": Refused("QALoRA", config={"use_qalora": True, "qalora_group_size": 16}),
+    "layer replication": Refused("layer replication", config={"layer_replication": [[0, 2], [1, 2]]}),
+    "Megatron": Refused("Megatron", config={"megatron_config": {"hidden_size": 8}}),
+    "init corda": Refused("modified base", config={"init_lora_weights": "corda"}),
+    "init loftq": Refused("modified base", config={"init_lora_weights": "loftq"}),
+    "init lora_ga": Refused("modified base", config={"init_lora_weights": "lora_ga"}),
+    "init pissa_niter": Refused("modified base", config={"init_lora_weights": "pissa_niter_4"}),
+    "init pissa, scale below zero": Refused("scale of -2", config={"init_lora_weights": "pissa", "lora_alpha": -8}),
+    "init pissa on an embedding": Refused(
+        "no linear layer", options={"target_modules": ["embed_tokens"]}, config={"init_lora_weights": "pissa"}
+    ),
+    "DoRA on an embedding": Refused("DoRA", options={"target_modules": ["embed_tokens"], "use_dora": True}),
+    "DoRA on a convolution": Refused("DoRA", "convolution", {"target_modules": ["mix"], "use_dora": True}),
+    "tied embedding and output layer, kept equal": Refused(
+        "ties the updates", "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
+    "convolution with groups": Refused("groups", "convolution", {"target_modules": ["depthwise"], "r": 32}),
+    "updates of a vision tower": Refused("never run on a text prompt", "llava"),
+    "other kinds of PEFT": Refused('not "LORA"', config={"peft_type": "LOHA"}),
+    "a field of a newer PEFT that is on": Refused("unknown field use_new_idea", config={"use_new_idea": True}),
+    "modules that the config does not target": Refused("does not target", config={"target_modules": ["q_proj"]}),
+    "experts, one by one": Refused(
+        "not in the host", "mixtral", config={"target_modules": ["w1", "v_proj"]},
+        rename=lambda key: key.replace("self_attn.q_proj", "block_sparse_moe.experts.9.w1"),
+    ),
+    "experts of which one parameter is missing": Refused(
+        "targets 2 parameters", "mixtral", {"target_modules": [], "target_parameters": EXPERTS[:1]},
+        config={"target_parameters": EXPERTS},
+    ),
+    "factors under another name": Refused("no LoRA factors", rename=lambda key: key.replace("lora_", "lokr_")),
+}  # fmt: skip
