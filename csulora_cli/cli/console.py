@@ -33,6 +33,7 @@ STAGES = {
     "report": "hashing the inputs",
 }
 _QUIET_SECONDS = 15.0
+_LONGEST_LINE = 10_000
 
 
 class TerminalProgress:
@@ -98,8 +99,9 @@ def progress(is_quiet: bool) -> Iterator[TerminalProgress]:
 
 
 def out(text: str = "") -> None:
-    """Print a result, as it is: no wrapping, no markup, no colour."""
-    print(text, file=sys.stdout)
+    """Print a result, line by line as it is: no wrapping, no markup, no colour, and no control character either."""
+    for line in text.split("\n"):
+        print(printable(line, _LONGEST_LINE), file=sys.stdout)
 
 
 def wrapped(text: str, indent: str = "") -> str:
@@ -124,10 +126,10 @@ def wrote(*paths: Path | None) -> None:
 
 
 def fail(message: str, hint: str) -> None:
-    """One line on stderr for what is wrong, and one for what to do."""
-    print(f"error: {printable(message, 600)}", file=sys.stderr)
+    """One line on stderr for what is wrong, and one for what to do; both fit to print."""
+    print(f"error: {message}", file=sys.stderr)
     if hint:
-        print(f"hint: {printable(hint, 400)}", file=sys.stderr)
+        print(f"hint: {hint}", file=sys.stderr)
 
 
 def json_out(document: dict[str, Any]) -> None:

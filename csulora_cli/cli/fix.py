@@ -247,7 +247,7 @@ def show(report: FixReport, settings: FixSettings) -> None:
 
 def _head(report: FixReport) -> list[tuple[str, str]]:
     names = {role: printable(record.name, 60) for role, record in report.inputs.items()}
-    rows = [("adapter", names["adapter"]), ("", report.adapter_summary), ("host", names["host"])]
+    rows = [("adapter", names["adapter"]), ("", printable(report.adapter_summary)), ("host", names["host"])]
     if "unaligned" in names:
         rows.append(("unaligned", names["unaligned"]))
     rows += [("" if place else "rewritten", line) for place, line in enumerate(report.conversions)]

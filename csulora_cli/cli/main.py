@@ -9,6 +9,7 @@ import typer
 
 from csulora_cli.cli import compare, console, demo, evaluate, fix
 from csulora_cli.errors import CsuloraError
+from csulora_cli.text import printable
 from csulora_cli.version import __version__
 
 EXIT_BUG = 1
@@ -101,6 +102,7 @@ def _run() -> int:
 
 
 def _failed(message: str, hint: str, code: int, wants_json: bool) -> int:
+    message, hint = printable(message, 600), printable(hint, 400)  # also in JSON: some reader prints what it decodes
     console.fail(message, hint)
     if wants_json:
         console.json_out({"error": {"message": message, "hint": hint}, "exit_code": code})
