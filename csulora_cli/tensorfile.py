@@ -105,10 +105,12 @@ def _checked_head(file: BinaryIO) -> bytes:
     """The length field and the header of a file, whose header is sound and accounts for all of the file."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(_LENGTH_BYTES)
-    for magic, kind, hint in _OTHER_KINDS:
-        if start.startswith(magic[:_LENGTH_BYTES]):
-            raise _BadFileError(kind, hint)
     length = int.from_bytes(start, "little")
+    # Only where the length is none: that of a sound header may begin as a pickle does (896 is 80 03 00 …).
+    if length > size - _LENGTH_BYTES:
+        for magic, kind, hint in _OTHER_KINDS:
+            if start.startswith(magic[:_LENGTH_BYTES]):
+                raise _BadFileError(kind, hint)
     if len(start) < _LENGTH_BYTES:
         raise _BadFileError(f"it has {size} bytes")
     if length > size - _LENGTH_BYTES:

@@ -600,6 +600,15 @@ def test_weights_that_are_something_else_are_refused(tmp_path: Path, data: bytes
     assert "not a safetensors file" in refused(write(tmp_path, tensors=data))
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_begins_as_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    data = save(factors())
+    old = int.from_bytes(data[:8], "little")
+    padded = length.to_bytes(8, "little") + data[8 : 8 + old].ljust(length) + data[8 + old :]
+    assert padded[:2] == bytes([0x80, length >> 8])
+    assert len(read_adapter(write(tmp_path, tensors=padded)).sites) == 1
+
+
 def test_an_unknown_dtype_in_the_header_is_refused(tmp_path: Path) -> None:
     header = json.dumps({key("A"): {"dtype": "F3", "shape": [1], "data_offsets": [0, 1]}}).encode()
     refused(write(tmp_path, tensors=len(header).to_bytes(8, "little") + header + b"\0"))
