@@ -38,7 +38,7 @@ from csulora_cli.opening import (
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
 from csulora_cli.report import FixReport, InputRecord, ModuleRecord, StrengthRecord
 from csulora_cli.settings import AUTO, FixSettings, Source
-from csulora_cli.text import printable
+from csulora_cli.text import printable, some
 from csulora_cli.version import __version__
 
 
@@ -149,11 +149,23 @@ class _Fix:
         factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
-            return effects.prompt_effects(
+            found = effects.prompt_effects(
                 host, self.sites, path.groups, stored, directions, protect, record.value, self.progress
             )
+            self._tell_unreached(found)
+            return found
 
         return _Solution(factors, record, {}), of
+
+    def _tell_unreached(self, found: Sequence[effects.Effect]) -> None:
+        """Experts to which no harmful token was sent were not judged, and keep what they do."""
+        experts = {site.name for site in self.sites if site.place.expert is not None and bool(site.lora_b.any())}
+        unreached = [effect.name for effect in found if effect.name in experts and effect.before["harmful"] == 0]
+        if unreached:
+            self.progress.warn(
+                f"no token of a harmful prompt reached {len(unreached)} of {len(experts)} adapted experts, whose "
+                f"updates are not repaired: {some(unreached, 2)}"
+            )
 
     def _directions(self, host: Host) -> DirectionPrompts:
         prompts = self._encode(host, "directions")

@@ -211,7 +211,7 @@ def tell_active(records: Sequence[CarriedRecord], is_strict: bool, progress: Pro
             f"--strict: the adapter carries {len(active)} tensors beside its low-rank updates: {some(active, 2)}",
             "Leave --strict out to carry them as they are; what they do is not repaired.",
         )
+    count = "1 tensor acts" if len(active) == 1 else f"{len(active)} tensors act"
     progress.warn(
-        f"{len(active)} tensors act beside the low-rank updates and are carried as they are, with any harm that they "
-        f"hold: {some(active, 2)}"
+        f"{count} beside the low-rank updates, carried along unrepaired with any harm in it: {some(active, 2)}"
     )

@@ -67,13 +67,17 @@ def strength_lines(report: FixReport) -> list[str]:
 def carried_lines(report: FixReport) -> list[str]:
     """What goes along as it was, one line a kind; each line fits beside a label."""
     words = {
-        "replaces": "that replace weights of the host: not repaired",
-        "bias": "biases that act whatever the input is: not repaired",
-        "copy": "copies of weights of the host",
-        "training": "that only training reads",
+        "replaces": ("weight in the place of the host's", "weights in the place of the host's"),
+        "bias": ("bias that acts whatever the input is", "biases that act whatever the input is"),
+        "copy": ("copy of a weight of the host", "copies of weights of the host"),
+        "training": ("tensor that only training reads", "tensors that only training reads"),
     }
-    counts = {effect: sum(1 for entry in report.carried if entry.effect == effect) for effect in words}
-    return [f"{count} tensors {words[effect]}" for effect, count in counts.items() if count]
+    lines = []
+    for effect, (one, many) in words.items():
+        count = sum(1 for entry in report.carried if entry.effect == effect)
+        unrepaired = ", not repaired" if effect in ("replaces", "bias") else ""
+        lines += [f"{count} {one if count == 1 else many}{unrepaired}"] if count else []
+    return lines
 
 
 def verdict(report: FixReport) -> list[str]:
@@ -138,7 +142,7 @@ def module_table(report: FixReport) -> Table:
     """Modules grouped by the last part of their name: energies before→after, distance moved, rank, error."""
     groups: dict[str, list[ModuleRecord]] = {}
     for module in report.modules:
-        groups.setdefault(module.name.rsplit(".", 1)[-1], []).append(module)
+        groups.setdefault(module.name.rsplit(".", 1)[-1].partition("[")[0], []).append(module)  # [3]: an expert
     energies = list(report.modules[0].before)
     is_share = bool(report.modules[0].chance)
     titles = [f"{name} %" if is_share else name for name in energies]

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from variants import EXPERTS, GOOD, MONTECLORA, QV, REFUSED, VELORA, Variant
 
 from csulora_cli.adapter import Adapter, bind, read_adapter, with_weights
 from csulora_cli.api import fix_adapter
-from csulora_cli.engine import behaviour, prompts_source
+from csulora_cli.engine import behaviour, effects, prompts_source
 from csulora_cli.engine.attach import Update, weight_of
 from csulora_cli.engine.host import Host, load_host
 from csulora_cli.errors import HostError, InputError, UnsupportedError
@@ -308,7 +308,27 @@ def test_strict_refuses_what_acts_beside_the_updates(
     if not active:  # copies, or what only training reads
         assert fix(variant.host, variant.options, strict=True, strength=0.0)[2].is_unchanged
         return
-    assert any("carried as they are" in warning for warning in measured(name).report.warnings)
+    assert any("carried along unrepaired" in warning for warning in measured(name).report.warnings)
     with pytest.raises(UnsupportedError, match="--strict"):
         fix(variant.host, variant.options, strict=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_no_harmful_token_reaches_keep_their_updates_and_are_named(
+    fix: Callable[..., tuple[Path, Path, FixReport]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effects, "prompt_effects", _without_harm_in_expert_3(effects.prompt_effects))
+    _, _, report = fix("mixtral", {"target_modules": [], "target_parameters": EXPERTS[:1]}, strength=1.0)
+    (warning,) = [text for text in report.warnings if "no token of a harmful prompt" in text]
+    assert "2 of 8 adapted experts" in warning
+    assert "experts.gate_up_proj[3]" in warning
+
+
+def _without_harm_in_expert_3(original: Callable[..., list[effects.Effect]]) -> Callable[..., list[effects.Effect]]:
+    def changed(*args: Any) -> list[effects.Effect]:
+        return [
+            replace(effect, before={**effect.before, "harmful": 0.0}) if effect.name.endswith("[3]") else effect
+            for effect in original(*args)
+        ]
+
+    return changed
