@@ -27,7 +27,7 @@ _METADATA = "__metadata__"
 _AGAIN = "Download or save the adapter again; the file may be cut off."
 _PICKLE_HINT = "A pickle can run code when it is opened; ask for the adapter in safetensors format."
 _OTHER_KINDS = (
-    (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
+    (b"version ", "it is a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
     (b"<", "it is a web page or XML", "Download the file itself, not the page that shows it."),
     (b"PK\x03\x04", "it is a zip archive, as torch.save writes", _PICKLE_HINT),
     (b"\x80\x02", "it is a pickle", _PICKLE_HINT),
@@ -79,8 +79,9 @@ def read_tensor_file(path: Path, error: type[InputError]) -> TensorFile:
     """
     with open_regular(path, error) as file:
         try:
-            head = _checked_head(file)
-            data = head + file.read()
+            _check_head(file)
+            file.seek(0)
+            data = file.read()
             return TensorFile(_load(data), hashlib.sha256(data).hexdigest())
         except _BadFileError as problem:
             raise error(f"{printable(path)}{problem.verdict}{problem}", problem.hint) from None
@@ -101,15 +102,15 @@ def _load(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _checked_head(file: BinaryIO) -> bytes:
-    """The length field and the header of a file, whose header is sound and accounts for all of the file."""
+def _check_head(file: BinaryIO) -> None:
+    """Check that the header is sound and accounts for all of the file."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(_LENGTH_BYTES)
     length = int.from_bytes(start, "little")
     # Only where the length is none: that of a sound header may begin as a pickle does (896 is 80 03 00 …).
     if length > size - _LENGTH_BYTES:
         for magic, kind, hint in _OTHER_KINDS:
-            if start.startswith(magic[:_LENGTH_BYTES]):
+            if start.startswith(magic):
                 raise _BadFileError(kind, hint)
     if len(start) < _LENGTH_BYTES:
         raise _BadFileError(f"it has {size} bytes")
@@ -130,7 +131,6 @@ def _checked_head(file: BinaryIO) -> bytes:
             end = max(end, _end(name, entry))
     if _LENGTH_BYTES + length + end != size:
         raise _BadFileError(f"its tensors end at byte {_LENGTH_BYTES + length + end}, but the file has {size}")
-    return start + header
 
 
 def _end(name: str, entry: Any) -> int:

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import tempfile
+import time
 import unicodedata
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import peft
 import pytest
+import regex
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ from csulora_cli.adapter import Adapter, describe, read_adapter
 from csulora_cli.errors import AdapterError, UnsupportedError
 from csulora_cli.formats.config import CONFIG_NAME, KNOWN_FIELDS, MAX_RANK, REFUSED_FIELDS
 from csulora_cli.formats.dialect import PEFT
-from csulora_cli.patterns import value_for
+from csulora_cli.patterns import time_limit, value_for
 
 WEIGHTS_NAME = PEFT.weights_name
 QUICK = settings(max_examples=50, deadline=None)
@@ -191,6 +193,27 @@ def test_a_key_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(AdapterError, match="alpha_pattern key") as caught:
         value_for({"(?R)": 3}, "a", 8, "alpha_pattern")  # recurses without end
     assert_well_formed(caught.value)
+
+
+def test_all_keys_together_may_take_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "TOTAL_SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.1)
+    slow = r"(?:(?:[a-z_.]|\w|.)*)*(?:(?:.|\w)+)+\d(.)\1"
+    times = []
+    with time_limit():
+        for index in range(50):
+            with pytest.raises(AdapterError, match="takes too long to match"):
+                value_for({slow + "z" * index: 1}, NAME, 8, "rank_pattern")
+            times.append(time.monotonic())
+    assert times[-1] - times[5] < 1  # the time was used up by then; 44 searches would have taken 4.4 s
+    assert value_for({"q_proj": 3}, NAME, 8, "rank_pattern") == 3  # and is not missed afterwards
+
+
+@pytest.mark.parametrize("key", ["(?:q_prof){e<=1}", "[[:alpha:]]_proj", "(?i)Q_PROJ", "(?P<a>q)(?P<a>_)proj"])
+def test_what_means_something_else_to_peft_is_refused(key: str) -> None:
+    assert regex.match(rf"(.*\.)?({key})$", NAME)  # that is how it would be read
+    with pytest.raises(AdapterError, match="no regular expression"):
+        value_for({key: 3}, NAME, 8, "rank_pattern")
 
 
 # Fields

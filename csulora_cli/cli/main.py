@@ -87,7 +87,7 @@ def _run() -> int:
             return EXIT_USAGE
         return _failed(text, "Run csulora --help.", EXIT_USAGE, wants_json)
     except (KeyboardInterrupt, typer.Abort):
-        return _failed("interrupted; nothing was written", "", EXIT_INTERRUPTED, wants_json)
+        return _failed("interrupted; what is written is whole or absent", "", EXIT_INTERRUPTED, wants_json)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -15,6 +15,7 @@ from csulora_cli.text import printable
 
 CONFIG_NAME = "adapter_config.json"
 MAX_RANK = 2**16
+MAX_ALPHA = 1e9
 EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 
 # Fields of LoraConfig (PEFT 0.21) with which the update is no plain low-rank one, and the name that users know them by.
@@ -119,8 +120,8 @@ def _check_number(field: str, value: Any, *, is_rank: bool) -> None:
         is_good = type(value) is int and 0 < value <= MAX_RANK
         wanted = f"a whole number from 1 to {MAX_RANK}"
     else:
-        is_good = type(value) in (int, float) and abs(value) <= 1e9 and math.isfinite(value)
-        wanted = "a number"
+        is_good = type(value) in (int, float) and abs(value) <= MAX_ALPHA and math.isfinite(value)
+        wanted = f"a number within ±{MAX_ALPHA:.0e}"
     if not is_good:
         raise AdapterError(
             f"{field} in {CONFIG_NAME} is {printable(json.dumps(value))}, not {wanted}",
