@@ -18,15 +18,15 @@ FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.sca
 
 
 class Touches:
-    """Counts how often this process is about to touch anything below a folder; signals it at one of these times."""
+    """What this process is about to do to anything below a folder; a signal goes off right before one of these."""
 
     def __init__(self, folder: str, event: int, number: int) -> None:
-        self.count = 0
+        self.names: list[str] = []
 
         def hook(name: str, args: tuple[Any, ...]) -> None:
             if name in FILE_EVENTS and any(folder in str(arg) for arg in args):
-                self.count += 1
-                if self.count == event:
+                self.names.append(name)
+                if len(self.names) == event:
                     os.kill(os.getpid(), number)
 
         sys.addaudithook(hook)
@@ -45,7 +45,7 @@ def child(request: dict[str, Any]) -> None:
     except SystemExit as stop:
         code = int(stop.code or 0)
     finally:
-        print(touches.count)  # --quiet leaves standard output to us
+        print(json.dumps(touches.names))  # --quiet leaves standard output to us
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -19,6 +19,7 @@ from test_cli import World
 
 from csulora_cli import api, card
 from csulora_cli.adapter import read_adapter
+from csulora_cli.cli import console
 from csulora_cli.cli.fix import show
 from csulora_cli.engine import behaviour
 from csulora_cli.errors import AdapterError
@@ -29,6 +30,7 @@ world = test_cli.world  # the fixture
 # An escape sequence, a bell, a bidi mark, a line break that begins a workflow command, a line separator.
 EVIL = "evil\x1b[31m\x07\u202e\n::error::x\u2028"
 SHOWN = "evil\\x1b[31m\\x07\\u202e\\n::error::x\\u2028"
+EVIL_LINE = EVIL.split("\n", maxsplit=1)[0]
 # In the name of a file or folder.
 EVIL_NAME = EVIL.replace("/", "")
 
@@ -221,6 +223,11 @@ def test_an_exception_with_hostile_text_is_escaped(
     assert "evil\\x1b[31m" in ran.error
     for text in strings(json.loads(ran.out)):
         assert_harmless(text)
+
+
+def test_whatever_is_printed_is_escaped_once_more(capsys: pytest.CaptureFixture[str]) -> None:
+    console.out(f"one {EVIL_LINE}\ntwo λ 中")
+    assert capsys.readouterr().out == "one evil\\x1b[31m\\x07\\u202e\ntwo λ 中\n"
 
 
 # What succeeds
