@@ -150,10 +150,15 @@ def killed(server: ForkServer, hosts: Callable[..., Path], tmp_path: Path) -> Ki
     return Killed(server, adapter, out, repair(adapter, hosts, out))
 
 
+def touches_and_former(killed: Killed, has_former: bool) -> tuple[list[str], dict[str, bytes] | None]:
+    """What a run without interruption does, and the output that it finds."""
+    first = killed.run()
+    return (killed.run().touches, contents(killed.out)) if has_former else (first.touches, None)
+
+
 @pytest.mark.parametrize("has_former", [False, True])
 def test_interrupted_at_places_all_over_the_writing(killed: Killed, has_former: bool) -> None:
-    touches = killed.run().touches
-    former = contents(killed.out) if has_former else None
+    touches, former = touches_and_former(killed, has_former)
     assert len(touches) > 20
     for event, name in enumerate(touches, start=1):
         numbers = SIGNALS if name == "os.rename" else SIGNALS[event // 4 % len(SIGNALS) :][: event % 4 == 0]
@@ -166,8 +171,7 @@ def test_interrupted_at_places_all_over_the_writing(killed: Killed, has_former: 
 @pytest.mark.parametrize("has_former", [False, True])
 @pytest.mark.parametrize("number", SIGNALS)
 def test_interrupted_at_every_place_of_the_writing(killed: Killed, number: signal.Signals, has_former: bool) -> None:
-    touches = killed.run().touches
-    former = contents(killed.out) if has_former else None
+    touches, former = touches_and_former(killed, has_former)
     for event in range(1, len(touches) + 1):
         killed.interrupt(former, number, event=event)
 
