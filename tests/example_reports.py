@@ -70,6 +70,7 @@ def fix_report(module_names: Sequence[str] | None = None, **changes: Any) -> Fix
         version="9.8.7",
         out="my-adapter-csulora",
         adapter_summary="LoRA rank 16, scale 2, float32, 210 modules",
+        library="peft",
         inputs={
             "adapter": InputRecord("org/my-adapter", "c0ffee" * 6, {"adapter_model.safetensors": digest}),
             "host": InputRecord("org/host", None, {"model.safetensors": digest[::-1]}),

@@ -20,7 +20,7 @@ from conftest import Ran, make_adapter
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from csulora_cli import api
+from csulora_cli import api, fitting
 from csulora_cli.api import fix_adapter
 from csulora_cli.engine import behaviour, inputs, prompts_source, weights_source
 from csulora_cli.engine.host import Batch, Host
@@ -513,14 +513,14 @@ def test_displacements_without_memory_on_the_device_go_to_the_cpu(
 def test_a_model_that_does_not_fit_the_device_runs_on_the_cpu_unless_the_device_was_asked_for(
     device: str, monkeypatch: pytest.MonkeyPatch, by_prompts: Callable[[str], FixSettings]
 ) -> None:
-    opened = api.open_host
+    opened = fitting.open_host
 
     def checked(location: Any, modules: Any, device: torch.device, *args: Any) -> Any:
         if device.type != "cpu":
             raise FULL
         return opened(location, modules, device, *args)
 
-    monkeypatch.setattr(api, "open_host", checked)
+    monkeypatch.setattr(fitting, "open_host", checked)
     monkeypatch.setattr(api, "choose_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
     settings = dataclasses.replace(by_prompts("out"), device=device)
     progress = At()

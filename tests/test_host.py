@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 from conftest import TEMPLATE, make_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from csulora_cli.adapter import bind, read_adapter
@@ -296,3 +297,13 @@ def test_a_host_that_cannot_be_loaded_is_a_host_error(hosts: Callable[..., Path]
 def test_a_device_that_is_not_there_is_a_usage_error(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device {name}"):
         choose_device(name)
+
+
+def test_a_host_with_weights_missing_is_not_made_up(hosts: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(hosts("llama"), tmp_path / "host")
+    file = tmp_path / "host" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(HostError, match=r"lacks the weights model\.layers\.0\.mlp\.up_proj\.weight"):
+        load_host(Location("host", tmp_path / "host"), torch.device("cpu"), "auto", trust_remote_code=False)

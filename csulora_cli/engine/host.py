@@ -1,7 +1,7 @@
 """The host model: loading it, encoding prompts, running them, and applying an adapter to it without changing it."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from csulora_cli.engine.memory import BatchSize, is_out_of_memory
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
-from csulora_cli.text import printable
+from csulora_cli.text import printable, some
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
 BATCH_TOKENS = 1024
@@ -318,8 +318,8 @@ def load_host(
             config = transformers.AutoConfig.from_pretrained(folder, **options)
             wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-            model = model_class(config).from_pretrained(
-                folder, config=config, dtype=wanted, use_safetensors=True, **options
+            model, found = model_class(config).from_pretrained(
+                folder, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
             )
     except Exception as problem:  # transformers and the host's own code raise anything
         if is_out_of_memory(problem):
@@ -328,9 +328,28 @@ def load_host(
         if "trust_remote_code" in str(problem):
             hint = "It brings its own code: read it, then add --trust-remote-code."
         raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(problem)}", hint) from None
+    check_complete(found, location, role)
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
     model.generation_config = _stops_only(model.generation_config)
     return Host(model.to(device).eval(), tokenizer, device, bool(tokenizer.chat_template))
+
+
+def check_complete(found: Mapping[str, Any], location: Location, role: str) -> None:
+    """Refuse a model of which transformers has not found every weight: it makes up the others at random.
+
+    Args:
+        found: the loading info of `from_pretrained`.
+        location: of the model.
+        role: what the model is called in errors.
+
+    Raises:
+        HostError: weights are missing.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise HostError(
+            f"the {role} {printable(location.given)} lacks the weights {some(missing, 2)}",
+            "Download it again, or give the model that these files belong to.",
+        )
 
 
 def _dateless(template: Any) -> Any:

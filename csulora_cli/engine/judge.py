@@ -17,6 +17,7 @@ from csulora_cli.checkpoint import CONFIG_NAME
 from csulora_cli.engine.host import (
     PLAIN_TEMPLATE,
     Host,
+    check_complete,
     choose_dtype,
     load_host,
     quiet_transformers,
@@ -228,11 +229,13 @@ def _load_classifier(
     with _loading(location):
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder,
+            output_loading_info=True,
             config=config,
             dtype=choose_dtype(dtype, getattr(config, "dtype", None), device),
             use_safetensors=True,
             **options,
         )
+    check_complete(found, location, "judge")
     return TextClassifier(model.to(device).eval(), tokenizer, device, labels)
