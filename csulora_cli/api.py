@@ -15,7 +15,7 @@ from csulora_cli.engine import effects, strength
 from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
-from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_prompts
+from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_directions, encode_prompts
 from csulora_cli.engine.memory import is_out_of_memory, release_memory
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
@@ -168,7 +168,8 @@ class _Fix:
             )
 
     def _directions(self, host: Host) -> DirectionPrompts:
-        prompts = self._encode(host, "directions")
+        assert self.prompts is not None
+        prompts = encode_directions(host, self.prompts.directions)
         if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
             return DirectionPrompts.of(prompts)
         return protecting(host, prompts, Update.of(self.adapter), self.progress)
@@ -398,10 +399,12 @@ def _stamps(location: Location, patterns: Sequence[str]) -> list[Stamp]:
 def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:
     if prompts is None:
         return {}
-    return {
+    counts = {
         split: {"harmful": len(getattr(prompts, split).harmful), "benign": len(getattr(prompts, split).benign)}
         for split in SPLITS
     }
+    counts["directions"]["benign"] = len(prompts.directions.protected)
+    return counts
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
 from csulora_cli.engine.host import choose_device, solver_device
-from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_prompts
+from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_directions, encode_prompts
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
 from csulora_cli.engine.scoring import EncodedScoring, References, ScoringPrompts, encode_scoring, run_model, score_run
@@ -168,13 +168,13 @@ class _Comparison:
         methods = [method for method in self.methods if isinstance(method, MomentsMethod)]
         if not methods:
             return repairs
-        encoded = encode_prompts(self.host, self.prompts.directions)
+        encoded = encode_directions(self.host, self.prompts.directions)
         own = protecting(self.host, encoded, Update.of(self.adapter), self.progress)
         for reads_harmful in (True, False):
             group = [method for method in methods if method.reads_harmful is reads_harmful]
             if not group:
                 continue
-            directions = own if reads_harmful else _benign_for_harmful(own)
+            directions = own if reads_harmful else self._benign_for_harmful(own)
             path = PromptsPath(
                 self.host,
                 self.sites,
@@ -186,6 +186,14 @@ class _Comparison:
             )
             repairs |= {method.name: partial(path.repaired, solver=method.solve) for method in group}
         return repairs
+
+    def _benign_for_harmful(self, directions: DirectionPrompts) -> DirectionPrompts:
+        """Look-alikes, or all benign prompts if none are told apart, without answers, in the harmful ones' place."""
+        prompts = [self.host.encode(text) for text in self.prompts.directions.lookalikes]
+        if not prompts:
+            side = directions.benign
+            prompts = [ids[:end] for ids, end in zip(side.tokens, side.ends, strict=True)]
+        return replace(directions, harmful=Side(prompts, [len(ids) for ids in prompts], directions.harmful.turn))
 
     def _grid(self, method: Method) -> tuple[float, ...]:
         return method.strengths(self.settings.points, len(self.sites))
@@ -353,13 +361,6 @@ def _squared_norm(factors: Mapping[str, Factors]) -> float:
 
 def _all(prompts: Prompts) -> tuple[str, ...]:
     return (*prompts.harmful, *prompts.benign)
-
-
-def _benign_for_harmful(directions: DirectionPrompts) -> DirectionPrompts:
-    """The benign prompts, without answers, on the harmful side too."""
-    side = directions.benign
-    prompts = [ids[:end] for ids, end in zip(side.tokens, side.ends, strict=True)]
-    return replace(directions, harmful=Side(prompts, side.ends, side.turn))
 
 
 def _record(method: Method, auto: StrengthRecord | None) -> MethodRecord:

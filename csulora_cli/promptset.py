@@ -43,6 +43,14 @@ class Prompts:
         """All benign prompts: look-alikes, then general ones."""
         return self.lookalikes + self.general
 
+    @property
+    def protected(self) -> tuple[str, ...]:
+        """What a repair holds on to the adapter's behaviour on: general prompts, or all benign ones if there are none.
+
+        Look-alikes are left to the host, which knows best how near to harm they are.
+        """
+        return self.general or self.benign
+
 
 @dataclass(frozen=True)
 class PromptSet:

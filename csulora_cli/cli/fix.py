@@ -89,7 +89,7 @@ def fix(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="auto: how much of KL(host ‖ adapter) may stay, 0 to 1. Default: 0.05, and at most 0.07 nats.",
+            help="auto: how much of KL(host ‖ adapter) may stay, 0 to 1. Default: 0.05, and at most 0.06 nats.",
             rich_help_panel=_STRENGTH,
         ),
     ] = None,

@@ -24,7 +24,9 @@ from csulora_cli.solver.attenuate import unit_trace_scale
 from csulora_cli.text import printable
 
 DEFAULT_BUDGET_BYTES = 3 * 2**30
-TURN_WEIGHT = 5.0
+# Measured on two adapters: at an equal KL to the host on harmful prompts, 25 costs benign prompts less than 5, and 100
+# no less than 25.
+TURN_WEIGHT = 25.0
 
 Progress = Callable[[int], None]
 Taker = Callable[[Inputs], None]
@@ -95,6 +97,11 @@ class Encoded:
 def encode_prompts(host: Host, prompts: Prompts) -> Encoded:
     """One split's prompts through the host's chat template."""
     return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.benign])
+
+
+def encode_directions(host: Host, prompts: Prompts) -> Encoded:
+    """The direction prompts through the host's chat template: harmful ones, and benign ones to protect."""
+    return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.protected])
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 PATH = tuple(float(f"{2 ** (step / 2):.3g}") for step in range(-8, 29))
 
 # Adapters that undo a host's refusals can be more than ten nats from it; a share of that alone would still allow every
-# other answer to begin otherwise. At 0.07 nats the host's own first tokens keep 93 % of their probability.
-LARGEST_LIMIT = 0.07
+# other answer to begin otherwise. At 0.06 nats the host's own first tokens keep 94 % of their probability.
+LARGEST_LIMIT = 0.06
 
 # Where the limit is out of reach, λ beyond the point at which KL levels off only moves the update further.
 PLATEAU = 1.05
