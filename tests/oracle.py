@@ -172,7 +172,7 @@ def fade_on_prompts(
     sides = {}
     for label, token_lists in (("harmful", prompts["harmful"]), ("benign", answered)):
         counts = [
-            5.0 if len(prompt) - turn <= place < len(prompt) else 1.0
+            25.0 if len(prompt) - turn <= place < len(prompt) else 1.0
             for prompt, ids in zip(prompts[label], token_lists, strict=True)
             for place in range(len(ids))
         ]

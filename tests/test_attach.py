@@ -32,9 +32,9 @@ def site(name: str, place: Place, in_features: int, out_features: int) -> Site:
 
 
 def counts(side: Side) -> list[list[float]]:
-    """How often each token counts: the last tokens of the prompt five times, an answer behind it once."""
+    """How often each token counts: the last tokens of the prompt 25 times, an answer behind it once."""
     return [
-        [5.0 if end - side.turn <= place < end else 1.0 for place in range(len(ids))]
+        [25.0 if end - side.turn <= place < end else 1.0 for place in range(len(ids))]
         for ids, end in zip(side.tokens, side.ends, strict=True)
     ]
 

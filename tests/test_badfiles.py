@@ -72,10 +72,10 @@ def test_a_bad_adapter_is_refused(
     settings = FixSettings(
         str(folder), base=str(hosts("llama")), unaligned=str(hosts("llama", seed=7)), out=output, overwrite=True
     )
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(AdapterError) as caught:
         fix_adapter(settings)
-    assert time.perf_counter() - started < 10  # it takes milliseconds; the machine may be busy
+    assert time.process_time() - started < 10  # of its own: the machine may be busy with other things
     assert type(caught.value) is bad.error or bad.error is AdapterError
     assert_well_formed(caught.value)
     assert caught.value.hint

@@ -265,6 +265,35 @@ def test_the_benign_control_reads_benign_prompts_without_answers(
     assert max(map(len, own.benign.tokens)) > max(map(len, control.harmful.tokens))  # there were answers to leave out
 
 
+def test_everyday_prompts_are_protected_and_the_benign_control_reads_look_alikes(
+    make: Make, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    benign = [row for row in rows if row["label"] == "benign"]
+    for place, row in enumerate(benign):
+        row["kind"] = "general" if place % 2 else "lookalike"
+    file = tmp_path / "kinds.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    seen: list[DirectionPrompts] = []
+
+    class Spy(PromptsPath):
+        def __init__(self, host: Any, modules: Any, directions: DirectionPrompts, *rest: Any, **options: Any) -> None:
+            seen.append(directions)
+            super().__init__(host, modules, directions, *rest, **options)
+
+    monkeypatch.setattr(comparison, "PromptsPath", Spy)
+    compare_methods(make(methods="prompts,benign", points=1, prompts=file))
+    own, control = seen
+    given = load_prompts(file).directions
+    assert given.general
+    assert given.lookalikes
+    assert (len(own.harmful.tokens), len(own.benign.tokens)) == (len(given.harmful), len(given.general))
+    assert len(control.harmful.tokens) == len(given.lookalikes)
+    protected = {tuple(ids[:end]) for ids, end in zip(own.benign.tokens, own.benign.ends, strict=True)}
+    assert not protected & set(map(tuple, control.harmful.tokens))
+    assert control.benign == own.benign
+
+
 def test_an_adapter_that_never_moved_the_host_is_left_as_it_is(make: Make, tmp_path: Path, hosts: Any) -> None:
     adapter = make_adapter(hosts("llama"), tmp_path / "still", seed=3)
     tensors = adapter / "adapter_model.safetensors"

@@ -294,3 +294,8 @@ def test_dealing_puts_each_prompt_into_one_split_and_never_tears_a_category(
     }
     if len(shared) >= 4 and None not in shared and all(row.category in shared for row in rows):
         assert all(len({split_of[row.prompt] for row in rows if row.category == name}) == 1 for name in shared)
+
+
+def test_general_prompts_are_protected_and_all_benign_ones_where_there_are_none() -> None:
+    assert Prompts(("h",), ("l",), ("g",)).protected == ("g",)
+    assert Prompts(("h",), ("l",), ()).protected == ("l",)
