@@ -28,9 +28,9 @@ from csulora_cli.errors import InputError, PromptsError, UsageError
 from csulora_cli.eval_report import Change, EvalReport, EvaluatedModel, JudgeScore, Role
 from csulora_cli.files import check_new_file, read_json_object, staged_file, write_whole
 from csulora_cli.locate import ADAPTER_FILES, Location, locate
+from csulora_cli.model_kind import check_model_kind
 from csulora_cli.opening import (
     Recorder,
-    check_model_config,
     check_report,
     locate_host,
     model_files,
@@ -101,7 +101,7 @@ class _Evaluation:
         self.progress.stage("models")
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapters[0], settings.base, files, self.progress)
-        check_model_config(self.host_at, "host")
+        check_model_kind(self.host_at, "host")
         self.judge = self._plan_judge(files)
         scored, used = self._score_models()  # the host's memory is free again when the judge is loaded
         opinions = self._judge(scored)

@@ -18,7 +18,8 @@ from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.site import Site
 from csulora_cli.formats.structure import Structure, read_structure, structure_of
 from csulora_cli.locate import Location
-from csulora_cli.opening import check_model_config, open_host
+from csulora_cli.model_kind import check_model_kind
+from csulora_cli.opening import open_host
 from csulora_cli.report import CarriedRecord
 from csulora_cli.settings import DoraMode
 from csulora_cli.text import some
@@ -50,7 +51,7 @@ class Fitting:
     def structure(self) -> Structure:
         """The host's modules, from its config unless the host is already loaded."""
         if self._structure is None:
-            check_model_config(self._host_at, "host")
+            check_model_kind(self._host_at, "host")
             self._structure = read_structure(self._host_at.folder, self._host_at.given, self._trust_remote_code)
         return self._structure
 
@@ -68,7 +69,7 @@ class Fitting:
             stack: closes the checkpoints.
 
         Raises:
-            HostError: a model is quantised, unreadable, or has not all weights in the adapter's sizes.
+            HostError: a model is of a kind that is refused, unreadable, or has not all weights in the adapter's sizes.
             AdapterError: what the host shows to be wrong in the adapter.
         """
         if self.adapter.needs_structure:
@@ -76,7 +77,7 @@ class Fitting:
         for location, role in ((self._host_at, "host"), (self._unaligned_at, "unaligned model")):
             if location is None:
                 continue
-            check_model_config(location, role)
+            check_model_kind(location, role)
             checkpoint = stack.enter_context(Checkpoint(location.folder, role))
             if self._structure is None and not self._is_named_as_on_disk(checkpoint):
                 self._bind(self.structure)

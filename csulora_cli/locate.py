@@ -106,13 +106,19 @@ def locate(given: str, files: Sequence[str], revision: str | None = None) -> Loc
 
 
 def _existing_folder(given: str) -> Path | None:
-    """The folder that `given` names, itself or by a file in it; None if there is none."""
+    """The folder that `given` names, itself or by a file in it; None if there is none.
+
+    Raises:
+        InputError: an empty name, or a GGUF file: what lies beside it need not be the same model.
+    """
     if not given.strip():
         raise InputError("an empty name is neither a folder nor a Hub id", "Give a folder or an id like org/name.")
     try:
         path = Path(given).expanduser()
         if path.is_dir():
             return path
+        if path.is_file() and path.suffix == ".gguf":
+            raise InputError(f"{printable(given)} is a GGUF file", "Give the same model or adapter as safetensors.")
         return path.parent if path.is_file() and path.suffix in (".safetensors", ".json") else None
     except (OSError, RuntimeError, ValueError):  # a name too long, no such user, a null character
         return None

@@ -17,7 +17,7 @@ from csulora_cli.engine.host import Host, load_host
 from csulora_cli.engine.memory import is_out_of_memory
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError, InputError, ResourceError, UsageError
-from csulora_cli.files import check_new_file, parse_json_object, read_bytes, sha256_of
+from csulora_cli.files import check_new_file, sha256_of
 from csulora_cli.formats.structure import Structure, structure_of
 from csulora_cli.locate import CODE_FILES, MODEL_FILES, RUN_FILES, Location, files_matching, locate, public_name
 from csulora_cli.report import InputRecord
@@ -107,23 +107,6 @@ def locate_host(adapter: Adapter, base: str | None, files: Sequence[str], progre
             f"the adapter names {printable(public_name(named))} as its base; going on with {printable(host.label)}"
         )
     return host
-
-
-def check_model_config(location: Location, role: str) -> None:
-    """Refuse a quantised model before anything is loaded.
-
-    Raises:
-        HostError: it is quantised, or its config cannot be read.
-    """
-    path = location.folder / CONFIG_NAME
-    if not path.exists():
-        return
-    config = parse_json_object(read_bytes(path, HostError), path, HostError)
-    if config.get("quantization_config"):
-        raise HostError(
-            f"the {role} {printable(location.given)} is quantised",
-            "Give the full-precision model that it was made from.",
-        )
 
 
 def open_host(

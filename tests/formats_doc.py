@@ -30,6 +30,11 @@ One line says what is wrong, one what to do; nothing is written. Damaged files a
 `tests/test_adapter.py`.
 """
 
+_HOSTS = """## Hosts that are refused
+
+By `fix`, `eval` and `compare`, before anything is loaded.
+"""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -43,14 +48,20 @@ class Row:
     written_error: float
 
 
-def render(rows: Sequence[Row], spellings: Mapping[str, Sequence[str]], refusals: Mapping[str, str]) -> str:
-    """The whole file."""
+def render(
+    rows: Sequence[Row],
+    spellings: Mapping[str, Sequence[str]],
+    refusals: Mapping[str, str],
+    hosts: Mapping[str, str],
+) -> str:
+    """The whole file; refusals and refused hosts with what the message says."""
     parts = [_HEAD, f"## Repaired: {len(rows)} variants\n"]
     for group in dict.fromkeys(row.group for row in rows):
         own = [row for row in rows if row.group == group]
         parts += [f"### {group}\n", _table(("variant", "carried", "rewritten", "read", "written"), map(_cells, own))]
     parts += [_SPELLINGS, _table(("spelling", "rewritten"), ((name, _join(how)) for name, how in spellings.items()))]
     parts += [_OTHER, _table(("kind", "the message says"), refusals.items())]
+    parts += [_HOSTS, _table(("host", "the message says"), hosts.items())]
     return "\n".join(parts)
 
 

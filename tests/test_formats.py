@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_adapter
 from formats_doc import Row, render
+from refused_hosts import REFUSED_HOSTS
 from safetensors.torch import load_file
 from test_spelling import WILD, written
 from torch import Tensor
@@ -178,7 +179,8 @@ def test_documentation_says_what_was_measured(
         carried = [f"{effects.count(effect)} {CARRIED_WORDS[effect]}" for effect in dict.fromkeys(effects)]
         conversions = found.report.conversions
         rows.append(Row(name, variant.group, carried, conversions, found.read_error, found.written_error))
-    text = render(rows, plain_conversions, {name: kind.message for name, kind in REFUSED.items()})
+    refusals = {name: kind.message for name, kind in REFUSED.items()}
+    text = render(rows, plain_conversions, refusals, {name: host.message for name, host in REFUSED_HOSTS.items()})
     path = Path(__file__).parents[1] / "docs" / "formats.md"
     if request.config.getoption("--write-docs"):
         path.parent.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from csulora_cli.errors import InputError, UsageError
-from csulora_cli.locate import locate, public_name
+from csulora_cli.locate import MODEL_FILES, locate, public_name
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +73,11 @@ def test_what_is_neither_a_folder_nor_an_id_is_refused(given: str) -> None:
 )
 def test_a_public_name_is_no_path(name: str, public: str) -> None:
     assert public_name(name) == public
+
+
+def test_a_gguf_file_does_not_stand_for_the_folder_that_it_lies_in(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"model\.gguf is a GGUF file") as caught:
+        locate(str(tmp_path / "model.gguf"), MODEL_FILES)
+    assert "safetensors" in caught.value.hint

@@ -1,0 +1,75 @@
+"""What kind of model a folder holds, from its small files alone; kinds that csulora cannot run are refused by name.
+
+A weight that is quantised is not the weight that an adapter was trained beside, and its file does not have the shapes
+of its modules. Whoever quantises names the method in `quantization_config` (transformers), in another key, or in a file
+of its own; no list of methods is kept here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from csulora_cli.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from csulora_cli.errors import HostError
+from csulora_cli.files import is_regular, parse_json_object, read_bytes
+from csulora_cli.locate import Location
+from csulora_cli.text import printable, some
+
+# Where a config describes its quantization: transformers, compressed-tensors before it was part of that, mlx.
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+# Files that tools wrote beside a config that is silent about them, and what the method is called then.
+_QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
+def check_model_kind(location: Location, role: str) -> None:
+    """Refuse, before anything is loaded, a model whose kind csulora cannot run.
+
+    Args:
+        location: of the model.
+        role: what to call it in messages ("host", "unaligned model").
+
+    Raises:
+        HostError: it is quantised, an encoder-decoder model or there as GGUF only, or its config cannot be read.
+    """
+    name = f"the {role} {printable(location.given)}"
+    if files := gguf_files(location.folder):
+        raise HostError(f"{name} has its weights only as GGUF: {some(files, 2)}", "Give the model as safetensors.")
+    path = location.folder / CONFIG_NAME
+    config = parse_json_object(read_bytes(path, HostError), path, HostError) if path.exists() else {}
+    if (method := quantization(location.folder, config)) is not None:
+        raise HostError(
+            f"{name} is quantised ({printable(method, 40)})", "Give the full-precision model that it was made from."
+        )
+    if config.get("is_encoder_decoder") is True:
+        raise HostError(f"{name} is an encoder-decoder model", "csulora repairs adapters of decoder-only models.")
+
+
+def gguf_files(folder: Path) -> list[str]:
+    """The names of the GGUF files of a folder that has no safetensors, sorted; empty if it has."""
+    if any(is_regular(folder / name) for name in (SINGLE_NAME, INDEX_NAME)):
+        return []
+    return sorted(path.name for path in folder.glob("*.gguf") if is_regular(path))
+
+
+def quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """How the weights of a model are quantised, in the words of its own files; None if nothing says that they are.
+
+    Args:
+        folder: of the model.
+        config: its config; the parts of a composite model have configs of their own in it.
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _QUANTIZATION_KEYS:
+            if part.get(key):
+                return _described(part[key])
+    return next((method for file, method in _QUANTIZATION_FILES.items() if is_regular(folder / file)), None)
+
+
+def _described(own: Any) -> str:
+    """Method and bits, as far as the description has them."""
+    if not isinstance(own, dict):
+        return "by an unknown method"
+    is_bitsandbytes = any(own.get(f"load_in_{bits}bit") for bits in (4, 8))
+    method = own.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "by an unknown method")
+    bits = own.get("bits") or next((bits for bits in (4, 8) if own.get(f"load_in_{bits}bit")), None)
+    return f"{method}, {bits} bits" if bits else str(method)

@@ -1,0 +1,59 @@
+"""Folders of models that no command runs, by kind: what is in them, and what is said of them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RefusedHost:
+    """A model folder without any weights that can be read, so that loading it would fail in another way.
+
+    Attributes:
+        message: what the error says.
+        config: what its config has beside the type of the model.
+        files: its other files.
+    """
+
+    message: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **self.config}))
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)
+        return folder
+
+
+def quantised(message: str, **description: Any) -> RefusedHost:
+    return RefusedHost(f"is quantised ({message})", {"quantization_config": description})
+
+
+REFUSED_HOSTS = {
+    "bitsandbytes, 4 bits": quantised("bitsandbytes, 4 bits", quant_method="bitsandbytes", load_in_4bit=True),
+    "bitsandbytes, 8 bits": quantised("bitsandbytes, 8 bits", load_in_8bit=True, load_in_4bit=False),
+    "GPTQ": quantised("gptq, 4 bits", quant_method="gptq", bits=4, group_size=128),
+    "AWQ": quantised("awq, 4 bits", quant_method="awq", bits=4, version="gemm"),
+    "FP8": quantised("fp8", quant_method="fp8", weight_block_size=[128, 128]),
+    "compressed-tensors": quantised("compressed-tensors", quant_method="compressed-tensors", format="pack-quantized"),
+    "MXFP4": quantised("mxfp4", quant_method="mxfp4"),
+    "a method that is not named": quantised("by an unknown method", group_size=64),
+    "quantised, the language model of a composite": RefusedHost(
+        "is quantised (awq, 4 bits)", {"text_config": {"quantization_config": {"quant_method": "awq", "bits": 4}}}
+    ),
+    "compressed-tensors, older": RefusedHost(
+        "is quantised (compressed-tensors)", {"compression_config": {"quant_method": "compressed-tensors"}}
+    ),
+    "mlx, 4 bits": RefusedHost(
+        "is quantised (by an unknown method, 4 bits)", {"quantization": {"group_size": 64, "bits": 4}}
+    ),
+    "GPTQ, told by a file": RefusedHost("is quantised (gptq)", files={"quantize_config.json": b'{"bits": 4}'}),
+    "AWQ, told by a file": RefusedHost("is quantised (awq)", files={"quant_config.json": b'{"w_bit": 4}'}),
+    "ModelOpt, told by a file": RefusedHost("is quantised (modelopt)", files={"hf_quant_config.json": b"{}"}),
+    "GGUF only": RefusedHost("has its weights only as GGUF: model-q4.gguf", files={"model-q4.gguf": b"GGUF"}),
+    "encoder-decoder": RefusedHost("is an encoder-decoder model", {"is_encoder_decoder": True}),
+}
