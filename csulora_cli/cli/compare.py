@@ -6,14 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from csulora_cli import compare_wording
-from csulora_cli.cli import console
+from csulora_cli.cli import console, options
 from csulora_cli.compare_report import CompareReport
 from csulora_cli.settings import CompareSettings, read_config_file
 
 _COMPARED = "What is compared"
 _MEASURED = "What is measured"
-_OUTPUT = "Output"
-_MACHINE = "Machine and models"
 
 
 def compare(
@@ -83,52 +81,30 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write the adapters that keep most at some level here.", rich_help_panel=_OUTPUT
+            metavar="DIR", help="Write the adapters that keep most at some level here.", rich_help_panel=options.OUTPUT
         ),
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.html",
-            help="Write the results as one HTML page, too, with pictures; it loads nothing from the network.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
+    report: options.Report = None,
     overwrite: Annotated[
         bool | None,
         typer.Option(
             "--overwrite",
             help="Replace an earlier comparison in that folder, and an earlier report.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    is_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_OUTPUT)
-    ] = False,
-    is_quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print no progress and no tables.", rich_help_panel=_OUTPUT)
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_MACHINE)
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="To run the host in: auto, float32, bfloat16 or float16.", rich_help_panel=_MACHINE),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of the adapter on the Hub.", rich_help_panel=_MACHINE),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option("--trust-remote-code", help="Let the host's own Python code run.", rich_help_panel=_MACHINE),
-    ] = None,
+    is_json: options.IsJson = False,
+    is_quiet: options.IsQuiet = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
     config: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="TOML file with any of these settings under [compare]; the command line wins.",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=options.MACHINE,
         ),
     ] = None,
 ) -> int:

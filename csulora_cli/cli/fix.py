@@ -6,15 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from csulora_cli import wording
-from csulora_cli.cli import console
+from csulora_cli.cli import console, options
 from csulora_cli.report import FixReport
 from csulora_cli.settings import DoraMode, FixSettings, Geometry, RankMode, Source, read_config_file
 from csulora_cli.text import printable
 
 _DIRECTIONS = "Where the directions come from"
 _STRENGTH = "How strong"
-_OUTPUT = "Output"
-_MACHINE = "Machine and models"
 VLLM_MAX_RANK = 16  # what vLLM accepts without --max-lora-rank
 
 
@@ -97,25 +95,20 @@ def fix(
         RankMode | None,
         typer.Option(
             help="keep-in: truncate to the adapter's rank, or write the exact update at twice the rank. Default: keep.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The folder to write. Default: ./NAME-csulora.", rich_help_panel=_OUTPUT),
-    ] = None,
-    report: Annotated[
-        Path | None,
         typer.Option(
-            metavar="FILE.html",
-            help="Write the results as one HTML page, too, with pictures; it loads nothing from the network.",
-            rich_help_panel=_OUTPUT,
+            metavar="DIR", help="The folder to write. Default: ./NAME-csulora.", rich_help_panel=options.OUTPUT
         ),
     ] = None,
+    report: options.Report = None,
     overwrite: Annotated[
         bool | None,
         typer.Option(
-            "--overwrite", help="Replace an adapter in the output folder, and a report.", rich_help_panel=_OUTPUT
+            "--overwrite", help="Replace an adapter in the output folder, and a report.", rich_help_panel=options.OUTPUT
         ),
     ] = None,
     dora: Annotated[
@@ -123,7 +116,7 @@ def fix(
         typer.Option(
             help="DoRA: keep the gain of each row and repair the update beside it, merge both into plain LoRA of the "
             "same rank, or refuse. Default: keep.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     strict: Annotated[
@@ -131,36 +124,21 @@ def fix(
         typer.Option(
             "--strict",
             help="Refuse an adapter that carries full weights or biases, which a repair leaves as they are.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    is_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_OUTPUT)
-    ] = False,
-    is_quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print no progress and no tables.", rich_help_panel=_OUTPUT)
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_MACHINE)
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="To run the host in: auto, float32, bfloat16 or float16.", rich_help_panel=_MACHINE),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of the adapter on the Hub.", rich_help_panel=_MACHINE),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option("--trust-remote-code", help="Let the host's own Python code run.", rich_help_panel=_MACHINE),
-    ] = None,
+    is_json: options.IsJson = False,
+    is_quiet: options.IsQuiet = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
     config: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="TOML file with any of these settings; the command line wins.",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=options.MACHINE,
         ),
     ] = None,
 ) -> int:
