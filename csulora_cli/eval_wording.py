@@ -35,7 +35,7 @@ def scored_prompts(inputs: Mapping[str, InputRecord], counts: Mapping[str, int])
     if not counts["general"]:
         benign = f"{counts['lookalikes']} benign ones of no kind"
     rows = [
-        ("prompts", f"{printable(inputs['prompts'].name, 40)}, of its report split"),
+        ("prompts", f"{printable(inputs['prompts'].name, 40)}, its report split"),
         ("", f"{counts['harmful']} harmful, {benign}"),
     ]
     if "task" in inputs:

@@ -3,6 +3,7 @@
 import math
 import tomllib
 from dataclasses import fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,7 @@ def test_default_toml_holds_the_defaults(command: str) -> None:
     assert kind(**needed, **read_config_file(DEFAULTS, command)) == kind(**needed)
     table = tomllib.loads(DEFAULTS.read_text(encoding="utf-8"))[command]
     want = {field.name: "" if field.default is None else field.default for field in fields(kind)}
+    want = {name: str(value) if isinstance(value, StrEnum) else value for name, value in want.items()}  # as TOML has it
     assert all(table[name] == want[name] and type(table[name]) is type(want[name]) for name in table)
 
 
