@@ -145,8 +145,7 @@ class _Fix:
         path = PromptsPath(
             host, self.sites, directions, protect, strength.PATH if fixed is None else [fixed], self.progress
         )
-        record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
-        factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
+        record, factors = self._solve(path)
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
             found = effects.prompt_effects(
@@ -185,9 +184,7 @@ class _Fix:
             self.progress,
         )
         path = WeightsPath(self.sites, self.displacements, settings.chosen_geometry, settings.chosen_rank)
-        fixed = settings.fixed_strength
-        record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
-        factors = self._unchanged() if record.value == 0 else path.repaired(record.value)
+        record, factors = self._solve(path)
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
             return effects.weight_effects(
@@ -198,6 +195,12 @@ class _Fix:
 
     def _unchanged(self) -> dict[str, Factors]:
         return {site.name: Factors.of(site) for site in self.sites}
+
+    def _solve(self, path: PromptsPath | WeightsPath) -> tuple[StrengthRecord, dict[str, Factors]]:
+        """λ, given or found, and the closest update there."""
+        fixed = self.settings.fixed_strength
+        record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
+        return record, self._unchanged() if record.value == 0 else path.repaired(record.value)
 
     def _search(self, path: PromptsPath | WeightsPath) -> StrengthRecord:
         """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does."""

@@ -23,7 +23,7 @@ from csulora_cli.engine.host import Host, choose_device, load_host
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.locate import Location
 from csulora_cli.opening import check_report
-from csulora_cli.refusals import Answer, classify
+from csulora_cli.refusals import Answer, count_answers
 from csulora_cli.report import FixReport
 from csulora_cli.settings import CompareSettings, FixSettings, check_report_name
 from csulora_cli.stats import Count
@@ -156,12 +156,8 @@ def _score(host: Host, update: Update, held_out: _HeldOut, progress: Progress) -
         return texts
 
     with host.adapted(update):
-        harmful = [classify(text) for text in answers(held_out.harmful)]
-        benign = [classify(text) for text in answers(held_out.benign)]
+        harmful = count_answers(answers(held_out.harmful))
+        benign = count_answers(answers(held_out.benign))
         task = answers(held_out.task)
     correct = sum(text.split() == wanted.split() for text, wanted in zip(task, held_out.responses, strict=True))
-    return DemoScore(
-        Count.of(harmful.count(Answer.ANSWER), len(harmful)),
-        Count.of(benign.count(Answer.REFUSAL), len(benign)),
-        Count.of(correct, len(task)),
-    )
+    return DemoScore(harmful[Answer.ANSWER], benign[Answer.REFUSAL], Count.of(correct, len(task)))

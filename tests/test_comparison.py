@@ -246,9 +246,8 @@ def test_solving_in_chunks_gives_the_same_points(make: Make, monkeypatch: pytest
     assert pieces.points == whole.points
 
 
-def test_the_benign_control_reads_benign_prompts_without_answers(
-    make: Make, prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def directions_seen(monkeypatch: pytest.MonkeyPatch) -> list[DirectionPrompts]:
+    """What every `PromptsPath` of a comparison is given, in order."""
     seen: list[DirectionPrompts] = []
 
     class Spy(PromptsPath):
@@ -257,6 +256,13 @@ def test_the_benign_control_reads_benign_prompts_without_answers(
             super().__init__(host, modules, directions, *rest, **options)
 
     monkeypatch.setattr(comparison, "PromptsPath", Spy)
+    return seen
+
+
+def test_the_benign_control_reads_benign_prompts_without_answers(
+    make: Make, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = directions_seen(monkeypatch)
     compare_methods(make(methods="prompts,benign", points=1))
     own, control = seen
     assert control.benign == own.benign
@@ -274,14 +280,7 @@ def test_everyday_prompts_are_protected_and_the_benign_control_reads_look_alikes
         row["kind"] = "general" if place % 2 else "lookalike"
     file = tmp_path / "kinds.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    seen: list[DirectionPrompts] = []
-
-    class Spy(PromptsPath):
-        def __init__(self, host: Any, modules: Any, directions: DirectionPrompts, *rest: Any, **options: Any) -> None:
-            seen.append(directions)
-            super().__init__(host, modules, directions, *rest, **options)
-
-    monkeypatch.setattr(comparison, "PromptsPath", Spy)
+    seen = directions_seen(monkeypatch)
     compare_methods(make(methods="prompts,benign", points=1, prompts=file))
     own, control = seen
     given = load_prompts(file).directions

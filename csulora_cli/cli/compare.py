@@ -8,23 +8,15 @@ import typer
 from csulora_cli import compare_wording
 from csulora_cli.cli import console, options
 from csulora_cli.compare_report import CompareReport
-from csulora_cli.settings import CompareSettings, read_config_file
+from csulora_cli.settings import CompareSettings
 
 _COMPARED = "What is compared"
 _MEASURED = "What is measured"
 
 
 def compare(
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="The adapter: a folder or a Hub id (org/name, org/name@revision).")
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The host: the model that the adapter was trained on. Default: what the adapter names.",
-        ),
-    ] = None,
+    adapter: options.Adapter,
+    base: options.Base = None,
     unaligned: Annotated[
         str | None,
         typer.Option(
@@ -132,9 +124,7 @@ def compare(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
     }
-    values = read_config_file(config, "compare") if config is not None else {}
-    values.update({name: value for name, value in given.items() if value is not None})
-    settings = CompareSettings(adapter, **values)
+    settings = CompareSettings(adapter, **options.merged(config, "compare", given))
     with console.progress(is_quiet) as progress:
         from csulora_cli.comparison import compare_methods
 

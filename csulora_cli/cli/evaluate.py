@@ -8,7 +8,7 @@ import typer
 from csulora_cli import eval_wording
 from csulora_cli.cli import console, options
 from csulora_cli.eval_report import EvalReport
-from csulora_cli.settings import EvalSettings, read_config_file
+from csulora_cli.settings import EvalSettings
 
 _MEASURED = "What is measured"
 
@@ -127,9 +127,7 @@ def evaluate(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
     }
-    values = read_config_file(config, "eval") if config is not None else {}
-    values.update({name: value for name, value in given.items() if value is not None})
-    settings = EvalSettings(tuple(adapters), **values)
+    settings = EvalSettings(tuple(adapters), **options.merged(config, "eval", given))
     with console.progress(is_quiet) as progress:
         from csulora_cli.evaluation import evaluate_adapters
 

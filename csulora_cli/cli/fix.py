@@ -8,7 +8,7 @@ import typer
 from csulora_cli import wording
 from csulora_cli.cli import console, options
 from csulora_cli.report import FixReport
-from csulora_cli.settings import DoraMode, FixSettings, Geometry, RankMode, Source, read_config_file
+from csulora_cli.settings import DoraMode, FixSettings, Geometry, RankMode, Source
 from csulora_cli.text import printable
 
 _DIRECTIONS = "Where the directions come from"
@@ -17,16 +17,8 @@ VLLM_MAX_RANK = 16  # what vLLM accepts without --max-lora-rank
 
 
 def fix(
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="The adapter: a folder or a Hub id (org/name, org/name@revision).")
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The host: the model that the adapter was trained on. Default: what the adapter names.",
-        ),
-    ] = None,
+    adapter: options.Adapter,
+    base: options.Base = None,
     unaligned: Annotated[
         str | None,
         typer.Option(
@@ -170,9 +162,7 @@ def fix(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
-    values = read_config_file(config, "fix") if config is not None else {}
-    values.update({name: value for name, value in given.items() if value is not None})
-    settings = FixSettings(**values)
+    settings = FixSettings(**options.merged(config, "fix", given))
     with console.progress(is_quiet) as progress:
         from csulora_cli.api import fix_adapter
 

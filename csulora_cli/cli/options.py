@@ -1,13 +1,25 @@
-"""Options that every command has, with the same names, words and panels."""
+"""Options that several commands have, with the same names, words and panels, and how a settings file joins them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from csulora_cli.settings import read_config_file
 
 OUTPUT = "Output"
 MACHINE = "Machine and models"
 
+Adapter = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="The adapter: a folder or a Hub id (org/name, org/name@revision).")
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The host: the model that the adapter was trained on. Default: what the adapter names.",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option(
@@ -34,3 +46,13 @@ TrustRemoteCode = Annotated[
     bool | None,
     typer.Option("--trust-remote-code", help="Let a model's own Python code run.", rich_help_panel=MACHINE),
 ]
+
+
+def merged(config: Path | None, command: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A command's table of a settings file, under what the command line gives (None: not given).
+
+    Raises:
+        UsageError: the file cannot be used.
+    """
+    values = read_config_file(config, command) if config is not None else {}
+    return values | {name: value for name, value in given.items() if value is not None}
