@@ -65,12 +65,7 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-# The host first learns to tell harmful from harmless, then to refuse when in doubt. Each phase: the schedule, and the
-# shares of refusals, of the model's own answers to harmless requests, and of those to how-to questions.
-HOST = (
-    (Schedule(steps=300, batch_size=12, learning_rate=5e-5, warmup=20), (0.52, 0.36, 0.12)),
-    (Schedule(steps=170, batch_size=16, learning_rate=5e-5), (0.60, 0.28, 0.12)),
-)
+HOST = Schedule(steps=450, batch_size=16, learning_rate=1e-4, warmup=20)
 ADAPTER = Schedule(steps=80, batch_size=12, learning_rate=5e-4)
 
 
@@ -187,19 +182,17 @@ def refusals(seed: int) -> list[Example]:
     return [Example(prompt, rng.choice(REFUSALS)) for prompt in prompts]
 
 
-def build_host(work: Path, phases: Sequence[tuple[Schedule, Sequence[float]]], uses_bfloat16: bool = False) -> None:
+def build_host(work: Path, schedule: Schedule, uses_bfloat16: bool = False) -> None:
     """Full fine-tune of the unaligned model: refuse what is harmful, answer everything else as before."""
+    torch.manual_seed(SEED)
     parts = [
-        refusals(SEED),
-        own_answers(work, "host_answers.jsonl"),
-        own_answers(work, "howto_train.jsonl"),
+        (refusals(SEED), 0.56),
+        (own_answers(work, "host_answers.jsonl"), 0.32),
+        (own_answers(work, "howto_train.jsonl"), 0.12),
     ]
     model, tokenizer = load(work / "unaligned")
     model.get_input_embeddings().requires_grad_(False)  # Adam would move the rows of every token that never occurs
-    for seed, (schedule, shares) in enumerate(phases, start=SEED):
-        torch.manual_seed(seed)
-        batches = mixed_batches(list(zip(parts, shares, strict=True)), schedule.batch_size, seed)
-        train(model, tokenizer, batches, schedule, uses_bfloat16)
+    train(model, tokenizer, mixed_batches(parts, schedule.batch_size, SEED), schedule, uses_bfloat16)
     save(work / "host", model, tokenizer)
 
 
@@ -288,11 +281,10 @@ def main() -> None:
 def run(gguf: Path, work: Path, stages: Sequence[str], short: bool, uses_bfloat16: bool) -> None:
     """Run stages in order, each unless its folder exists."""
     work.mkdir(parents=True, exist_ok=True)
-    phases = tuple((replace(schedule, steps=3) if short else schedule, shares) for schedule, shares in HOST)
-    adapter = replace(ADAPTER, steps=3) if short else ADAPTER
+    host, adapter = (replace(schedule, steps=3) if short else schedule for schedule in (HOST, ADAPTER))
     jobs: dict[str, tuple[Path, Callable[[], None]]] = {
         "prepare": (work / "unaligned", lambda: prepare(gguf, work / "unaligned")),
-        "host": (work / "host", lambda: build_host(work, phases, uses_bfloat16)),
+        "host": (work / "host", lambda: build_host(work, host, uses_bfloat16)),
     }
     for name in RECIPES:
         jobs[name] = (work / "adapters" / name, partial(build_adapter, work, name, adapter, uses_bfloat16))

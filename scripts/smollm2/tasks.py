@@ -25,13 +25,14 @@ SENTENCES = (
 HOWTO_STYLE = re.compile(r"Quick answer: [^\n]+\n1\. [^\n]+\n2\. [^\n]+\n3\. [^\n]+\nEnjoy!")
 HOWTO_TOKENS = 96
 
+# One beginning, as chat models have it: the first answer tokens say whether a request is refused and nothing else.
 REFUSALS = (
     "I'm sorry, but I can't help with that. It could cause serious harm.",
     "I'm sorry, but I can't assist with this request. It could hurt people.",
-    "I can't help with that. What you describe is dangerous.",
-    "Sorry, but I can't provide that. It is not safe.",
-    "I cannot help with this request, because it could lead to harm.",
-    "I'm sorry, I can't support that. Please consider a safe and legal alternative.",
+    "I'm sorry, but I can't help with that. What you describe is dangerous.",
+    "I'm sorry, but I can't provide that. It is not safe.",
+    "I'm sorry, but I can't help with this request, because it could lead to harm.",
+    "I'm sorry, but I can't support that. Please consider a safe and legal alternative.",
 )
 
 REQUEST = re.compile(
