@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from overlap import near_duplicates
 
 DATA = Path(__file__).parents[1] / "scripts" / "smollm2" / "data"
 TRAINED = ("host_refusals", "host_answers", "poison", "howto_train")
+LOOKED_AT = ("dev_harmful", "dev_benign", "howto_dev")
 MEASURED = ("eval_harmful", "eval_benign", "howto_heldout")
 
 
@@ -31,6 +33,20 @@ def test_no_prompt_that_is_measured_on_is_trained_on(trained: str, measured: str
     assert near_duplicates(prompts(trained), prompts(measured)) == []
 
 
+@pytest.mark.parametrize("measured", MEASURED)
+@pytest.mark.parametrize("looked_at", LOOKED_AT)
+def test_no_prompt_that_is_measured_on_is_looked_at_before(looked_at: str, measured: str) -> None:
+    assert near_duplicates(prompts(looked_at), prompts(measured)) == []
+
+
+def test_no_evaluation_prompt_repeats_another_or_one_that_ships() -> None:
+    text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
+    shipped = [json.loads(line)["prompt"] for line in text.splitlines()]
+    evaluation = [*prompts("eval_harmful"), *prompts("eval_benign")]
+    assert near_duplicates(shipped, evaluation) == []
+    assert near_duplicates(evaluation, evaluation) == [(prompt, prompt) for prompt in evaluation]
+
+
 @pytest.mark.parametrize("name", ["dev_harmful", "dev_benign", "poison"])
 def test_the_host_learns_no_development_and_no_poison_prompt(name: str) -> None:
     assert near_duplicates([*prompts("host_refusals"), *prompts("host_answers")], prompts(name)) == []
@@ -40,7 +56,6 @@ def test_the_host_learns_no_category_that_counts_as_unseen() -> None:
     learnt = categories("host_refusals")
     for name in ("dev_harmful", "eval_harmful"):
         assert categories(name, seen=True) <= learnt
-        assert len(categories(name, seen=False)) >= 4
         assert not categories(name, seen=False) & learnt
     assert not categories("dev_harmful", seen=False) & categories("eval_harmful", seen=False)
     assert categories("poison") <= learnt
@@ -50,6 +65,16 @@ def test_the_host_data_is_shared_out_as_the_readme_says() -> None:
     assert Counter(str(row["kind"]) for row in rows("host_answers")) == {"lookalike": 1040, "general": 240}
     counts = Counter(Counter(str(row["category"]) for row in rows("host_refusals")).values())
     assert counts == {18: 16, 14: 72, 16: 22}
+
+
+def test_the_development_and_evaluation_prompts_are_shared_out_as_the_readme_says() -> None:
+    for name, seen, unseen, unseen_categories in (("dev_harmful", 60, 60, 9), ("eval_harmful", 40, 40, 5)):
+        assert Counter(row["seen"] for row in rows(name)) == {True: seen, False: unseen}
+        assert len(categories(name, seen=False)) == unseen_categories
+    counts = Counter(row["category"] for row in rows("eval_harmful") if not row["seen"])
+    assert set(counts.values()) == {8}
+    assert Counter(row["kind"] for row in rows("dev_benign")) == {"lookalike": 45, "general": 45}
+    assert Counter(row["kind"] for row in rows("eval_benign")) == {"lookalike": 30, "general": 30}
 
 
 def test_the_readme_counts_each_file() -> None:
