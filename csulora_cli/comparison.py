@@ -242,7 +242,9 @@ class _Comparison:
         self.progress.stage("strength")
         judge = KlJudge(self.host, encode_prompts(self.host, self.prompts.tuning), Update.of(self.adapter))
         return {
-            method.name: find_strength(judge, self.sites, partial(self._stored, method), None, self.progress)
+            method.name: find_strength(
+                judge, self.sites, partial(self._stored, method), None, self.progress, costs_everywhere=False
+            )
             for method in methods
         }
 

@@ -80,14 +80,15 @@ def path_pictures(record: StrengthRecord) -> list[Picture]:
     """What the search of λ measured, one picture a quantity."""
     limit = record.limit if record.limit else None
     dashed = f"nats; dashed: the limit, {number(limit)}" if limit else "nats"
-    wanted: list[tuple[str, str, Callable[[PathRecord], float], float | None, bool]] = [
+    wanted: list[tuple[str, str, Callable[[PathRecord], float | None], float | None, bool]] = [
         ("KL to host, harmful", dashed, lambda point: point.harmful_kl, limit, False),
         ("KL to adapter, benign", "nats", lambda point: point.benign_kl, None, False),
         ("Moved", "‖X−Δ‖²/‖Δ‖²", lambda point: point.moved, None, True),
     ]
     pictures = []
     for title, caption, value, line, is_share in wanted:
-        points = [(p.strength, value(p)) for p in record.path if p.strength > 0 and math.isfinite(value(p))]
+        measured = [(point.strength, value(point)) for point in record.path if point.strength > 0]
+        points = [(place, found) for place, found in measured if found is not None and math.isfinite(found)]
         if points:
             strengths, values = zip(*points, strict=True)
             data = figures.Curve(strengths, values, record.value, line, is_share)

@@ -46,11 +46,14 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class PathRecord:
-    """One λ of the search: KL(host ‖ repaired) on harmful and KL(adapter ‖ repaired) on benign tuning prompts."""
+    """One λ of the search: KL(host ‖ repaired) on harmful and KL(adapter ‖ repaired) on benign tuning prompts.
+
+    The latter is None where it was not measured.
+    """
 
     strength: float
     harmful_kl: float
-    benign_kl: float
+    benign_kl: float | None
     moved: float
 
 

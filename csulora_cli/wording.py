@@ -130,7 +130,7 @@ def path_table(report: FixReport) -> Table:
         (
             number(point.strength) + (" <" if point.strength == report.strength.value else ""),
             number(point.harmful_kl),
-            number(point.benign_kl),
+            "" if point.benign_kl is None else number(point.benign_kl),
             percent(point.moved),
         )
         for point in report.strength.path

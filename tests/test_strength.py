@@ -1,5 +1,6 @@
 """The search for the smallest strength, against a linear scan."""
 
+import bisect
 import math
 from itertools import pairwise
 
@@ -39,6 +40,33 @@ def test_bisection_finds_what_a_linear_scan_finds(curve: list[float], limit: flo
 
 
 @QUICK
+@given(CURVES, st.floats(0, 10))
+def test_what_is_found_is_what_plain_bisection_finds(curve: list[float], limit: float) -> None:
+    found, _ = search(curve, limit)
+
+    def first_within(bound: float) -> int:
+        return bisect.bisect_left(curve, True, key=lambda kl: kl <= bound)
+
+    place = first_within(limit)
+    assert found.chosen.strength == PATH[first_within(PLATEAU * curve[-1]) if place == len(PATH) else place]
+
+
+@pytest.mark.parametrize("power", [0.85, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("limit", [0.06, 0.5])
+def test_on_a_curve_that_falls_as_a_power_four_tries_are_enough(power: float, limit: float) -> None:
+    found, tried = search([16 / (1 + strength**power) for strength in PATH], limit)
+    assert found.is_reached
+    assert len(tried) <= 4  # plain bisection takes five or six
+
+
+@pytest.mark.parametrize(("floor", "height"), [(3.43, 0.68), (8.56, 0.82), (1.14, 0.2)])
+def test_on_a_curve_that_levels_off_above_the_limit_five_tries_are_enough(floor: float, height: float) -> None:
+    found, tried = search([floor + height * 32 / strength for strength in PATH], 0.06)
+    assert not found.is_reached
+    assert len(tried) <= 5  # plain bisection takes eight or nine
+
+
+@QUICK
 @given(st.lists(st.floats(0, 10) | st.just(math.inf), min_size=len(PATH), max_size=len(PATH)), st.floats(0, 10))
 def test_on_a_noisy_curve_the_chosen_point_still_meets_the_limit(curve: list[float], limit: float) -> None:
     found, _ = search(curve, limit)
@@ -49,7 +77,7 @@ def test_on_a_noisy_curve_the_chosen_point_still_meets_the_limit(curve: list[flo
 @given(CURVES, st.floats(0, 10))
 def test_each_strength_is_tried_once_and_few_are(curve: list[float], limit: float) -> None:
     found, tried = search(curve, limit)
-    assert len(set(tried)) == len(tried) <= 2 * math.ceil(math.log2(len(PATH) + 1)) + 1
+    assert len(set(tried)) == len(tried) <= 2 * (math.ceil(math.log2(len(PATH) + 1)) + 1)
     if found.is_reached:
         assert len(tried) <= math.ceil(math.log2(len(PATH) + 1)) + 1
     assert [point.strength for point in found.points] == sorted(tried)

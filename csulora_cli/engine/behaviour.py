@@ -29,12 +29,15 @@ class KlJudge:
             self._adapter_benign = host.first_token_log_probs(prompts.benign)
             self.adapter_kl = mean_kl(self._host_harmful, host.first_token_log_probs(prompts.harmful))
 
-    def judge(self, factors: Mapping[str, Factors]) -> tuple[float, float]:
-        """KL(host ‖ repaired) on harmful prompts and KL(adapter ‖ repaired) on benign ones, nats."""
+    def harmful_kl(self, factors: Mapping[str, Factors]) -> float:
+        """KL(host ‖ repaired) on harmful prompts, nats."""
         with self._host.adapted(self._adapter.repaired(factors)):
-            harmful = mean_kl(self._host_harmful, self._host.first_token_log_probs(self._prompts.harmful))
-            benign = mean_kl(self._adapter_benign, self._host.first_token_log_probs(self._prompts.benign))
-        return harmful, benign
+            return mean_kl(self._host_harmful, self._host.first_token_log_probs(self._prompts.harmful))
+
+    def benign_kl(self, factors: Mapping[str, Factors]) -> float:
+        """KL(adapter ‖ repaired) on benign prompts, nats."""
+        with self._host.adapted(self._adapter.repaired(factors)):
+            return mean_kl(self._adapter_benign, self._host.first_token_log_probs(self._prompts.benign))
 
 
 def measure_behaviour(

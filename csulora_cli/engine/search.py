@@ -23,6 +23,7 @@ def find_strength(
     repaired: Callable[[float], Mapping[str, Factors]],
     target: float | None,
     progress: Progress,
+    costs_everywhere: bool = True,
 ) -> StrengthRecord:
     """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does.
 
@@ -32,6 +33,8 @@ def find_strength(
         repaired: the factors at a λ of `strength.PATH`.
         target: the share of KL(host ‖ adapter) that may stay; None for the default, and at most `LARGEST_LIMIT` nats.
         progress: one step a λ that is tried.
+        costs_everywhere: also measure the KL on benign prompts, which chooses nothing, at every λ that is tried, not
+            only at the one that is taken.
 
     Returns:
         λ and the path to it; λ = 0 where the adapter never moved the host.
@@ -49,10 +52,17 @@ def find_strength(
 
     def try_strength(value: float) -> PathPoint:
         factors = repaired(value)
-        harmful_kl, benign_kl = judge.judge(factors)
+        harmful_kl = judge.harmful_kl(factors)
+        benign_kl = judge.benign_kl(factors) if costs_everywhere else None
         progress.advance()
         return PathPoint(value, harmful_kl, benign_kl, moved_share(modules, factors))
 
+    def record(point: PathPoint) -> PathRecord:
+        benign_kl = point.benign_kl
+        if benign_kl is None and point == found.chosen:
+            benign_kl = judge.benign_kl(repaired(point.strength))
+        return PathRecord(point.strength, point.harmful_kl, benign_kl, point.moved)
+
     found = smallest_strength(try_strength, limit)
-    points = tuple(PathRecord(p.strength, p.harmful_kl, p.benign_kl, p.moved) for p in found.points)
+    points = tuple(map(record, found.points))
     return StrengthRecord(found.chosen.strength, True, found.is_reached, limit, judge.adapter_kl, points)

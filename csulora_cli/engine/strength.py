@@ -1,10 +1,12 @@
 """`--strength auto`: the smallest λ on a path at which the repaired model answers harmful prompts as the host does."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 # Half-octave steps: fine enough for "the smallest", and the same on every machine, which bisecting floats is not.
-PATH = tuple(float(f"{2 ** (step / 2):.3g}") for step in range(-8, 29))
+PLACES_PER_OCTAVE = 2
+PATH = tuple(float(f"{2 ** (step / PLACES_PER_OCTAVE):.3g}") for step in range(-8, 29))
 
 # Adapters that undo a host's refusals can be more than ten nats from it; a share of that alone would still allow every
 # other answer to begin otherwise. At 0.06 nats the host's own first tokens keep 94 % of their probability.
@@ -21,13 +23,14 @@ class PathPoint:
     Attributes:
         strength: λ.
         harmful_kl: mean KL(host ‖ repaired) of the first answer token on harmful tuning prompts, nats.
-        benign_kl: mean KL(adapter ‖ repaired) on benign tuning prompts, nats: what the repair costs.
+        benign_kl: mean KL(adapter ‖ repaired) on benign tuning prompts, nats: what the repair costs; None where that
+            was not measured.
         moved: ‖X − Δ‖² / ‖Δ‖².
     """
 
     strength: float
     harmful_kl: float
-    benign_kl: float
+    benign_kl: float | None
     moved: float
 
 
@@ -50,10 +53,12 @@ class Search:
 
 
 def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float) -> Search:
-    """Bisect `PATH` for the smallest λ whose harmful KL is at most `limit`.
+    """Search `PATH` for the smallest λ whose harmful KL is at most `limit`.
 
-    KL falls along the path up to noise, so this takes log₂ of the path's length tries, and as many again to find where
-    it levels off if it never meets the limit.
+    KL falls along the path up to noise, so a point that meets the limit bounds the answer from above, and one that does
+    not bounds it from below: on a falling curve any order of tries finds what a scan of the whole path would. Tries
+    follow the interpolated curve and are as many as plain bisection needs, plus one, at worst; as many again to find
+    where the curve levels off if it never meets the limit.
     """
     tried: dict[int, PathPoint] = {}
 
@@ -62,21 +67,62 @@ def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float) 
             tried[index] = try_strength(PATH[index])
         return tried[index]
 
-    def first_within(bound: float) -> int:
-        """The place of the smallest λ with a KL of at most `bound`; the path's length stands for "none"."""
-        low, high = 0, len(PATH)
+    def first_within(bound: float, floor: float) -> int:
+        """The place of the smallest λ with a KL of at most `bound`; the path's length stands for "none".
+
+        The curve is taken to fall towards `floor`, which decides how many tries it takes, not what is found.
+        """
+        high = min((index for index, known in tried.items() if known.harmful_kl <= bound), default=len(PATH))
+        low = 1 + max((index for index in tried if index < high), default=-1)
+        tries = (high - low).bit_length() + 1  # bisection takes one less
         while low < high:
-            middle = (low + high) // 2
-            if point(middle).harmful_kl <= bound:
-                high = middle
+            tries -= 1
+            # Whichever way this try goes, bisection must be able to finish with those that are left.
+            first, last = max(low, high - 2**tries), min(high - 1, low + 2**tries - 1)
+            crossing = _crossing(tried.get(low - 1), tried.get(high), low, high, (bound, floor))
+            index = min(max(math.ceil(crossing), first), last)
+            if point(index).harmful_kl <= bound:
+                high = index
             else:
-                low = middle + 1
+                low = index + 1
         return low
 
-    found = first_within(limit)
+    found = first_within(limit, 0.0)
     if found == len(PATH):
         strongest = len(PATH) - 1
-        found = min(first_within(PLATEAU * point(strongest).harmful_kl), strongest)
+        level = point(strongest).harmful_kl
+        found = min(first_within(PLATEAU * level, level), strongest)
     chosen = point(found)
     is_reached = chosen.harmful_kl <= limit  # on a noisy curve the second search can find what the first one missed
     return Search(chosen, is_reached, limit, tuple(tried[index] for index in sorted(tried)))
+
+
+def _crossing(
+    below: PathPoint | None, above: PathPoint | None, low: int, high: int, target: tuple[float, float]
+) -> float:
+    """Where KL should fall to the bound, as a place on the path: log(KL − floor) is taken to be linear in log λ.
+
+    Args:
+        below, above: the points at `low` − 1 and at `high`, if they were tried. From one of them alone the curve is
+            taken to fall as 1/λ, unless that leads past the middle of what is left: then the far end is tried upwards,
+            because it shows whether there is a crossing at all, and the middle downwards.
+        low, high: between which places the answer lies.
+        target: the KL that is looked for, and what the curve falls to.
+    """
+    over, under = _excess(below, *target), _excess(above, *target)
+    middle = (low + high) // 2
+    if over is not None and under is not None and over > under:
+        return low - 1 + (high - low + 1) * over / (over - under)
+    if over is not None and under is None:
+        place = low - 1 + over * PLACES_PER_OCTAVE
+        return place if place <= middle else high - 1 if above is None else middle
+    if under is not None and below is None:
+        return max(high + under * PLACES_PER_OCTAVE, middle)
+    return middle
+
+
+def _excess(point: PathPoint | None, bound: float, floor: float) -> float | None:
+    """log₂((KL − floor)/(bound − floor)), or None where there is no such number."""
+    if point is None or not floor < point.harmful_kl < math.inf or not floor < bound < math.inf:
+        return None
+    return math.log2(point.harmful_kl - floor) - math.log2(bound - floor)
