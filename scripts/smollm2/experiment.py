@@ -65,7 +65,26 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-HOST = Schedule(steps=450, batch_size=16, learning_rate=1e-4, warmup=20)
+@dataclass(frozen=True)
+class Phase:
+    """One part of the host's training.
+
+    Attributes:
+        schedule: how long and how fast.
+        shares: of refusals, of the model's own answers to harmless requests, and of those to how-to questions.
+        first_weight: how many times the first token of an answer counts: it decides whether a request is refused.
+    """
+
+    schedule: Schedule
+    shares: tuple[float, float, float]
+    first_weight: float = 1.0
+
+
+# The host first learns what a refusal is and when to give one, then to give it also when in doubt.
+HOST = (
+    Phase(Schedule(steps=450, batch_size=16, learning_rate=1e-4, warmup=20), (0.56, 0.32, 0.12)),
+    Phase(Schedule(steps=240, batch_size=16, learning_rate=8e-5), (0.62, 0.28, 0.10), first_weight=8.0),
+)
 ADAPTER = Schedule(steps=80, batch_size=12, learning_rate=5e-4)
 
 
@@ -90,16 +109,24 @@ def mixed_batches(parts: Sequence[tuple[Sequence[Example], float]], size: int, s
         yield batch
 
 
-def answer_loss(model: Any, tokenizer: Any, batch: Sequence[Example]) -> torch.Tensor:
-    """Mean cross-entropy of the answer tokens; logits are computed for these alone."""
+def answer_loss(model: Any, tokenizer: Any, batch: Sequence[Example], first_weight: float) -> torch.Tensor:
+    """Mean cross-entropy of the answer tokens, the first of each counted so often; logits are of these alone."""
     ids, mask, labels = encode_examples(tokenizer, batch)  # (N, T) each
     hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (N, T, C)
     answered = labels != IGNORED
-    return cross_entropy(model.lm_head(hidden[answered]), labels[answered])
+    weights = torch.ones_like(labels, dtype=torch.float32)
+    weights[torch.arange(len(labels)), answered.int().argmax(1)] = first_weight
+    losses = cross_entropy(model.lm_head(hidden[answered]), labels[answered], reduction="none")
+    return (losses * weights[answered]).sum() / weights[answered].sum()
 
 
 def train(
-    model: Any, tokenizer: Any, batches: Iterator[list[Example]], schedule: Schedule, uses_bfloat16: bool = False
+    model: Any,
+    tokenizer: Any,
+    batches: Iterator[list[Example]],
+    schedule: Schedule,
+    uses_bfloat16: bool = False,
+    first_weight: float = 1.0,
 ) -> None:
     """Plain AdamW on whatever asks for gradients; weights stay in float32, products are in bfloat16 if asked for."""
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -110,7 +137,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16):
-            loss = answer_loss(model, tokenizer, next(batches))
+            loss = answer_loss(model, tokenizer, next(batches), first_weight)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -182,17 +209,19 @@ def refusals(seed: int) -> list[Example]:
     return [Example(prompt, rng.choice(REFUSALS)) for prompt in prompts]
 
 
-def build_host(work: Path, schedule: Schedule, uses_bfloat16: bool = False) -> None:
+def build_host(work: Path, phases: Sequence[Phase], uses_bfloat16: bool = False) -> None:
     """Full fine-tune of the unaligned model: refuse what is harmful, answer everything else as before."""
-    torch.manual_seed(SEED)
     parts = [
-        (refusals(SEED), 0.56),
-        (own_answers(work, "host_answers.jsonl"), 0.32),
-        (own_answers(work, "howto_train.jsonl"), 0.12),
+        refusals(SEED),
+        own_answers(work, "host_answers.jsonl"),
+        own_answers(work, "howto_train.jsonl"),
     ]
     model, tokenizer = load(work / "unaligned")
     model.get_input_embeddings().requires_grad_(False)  # Adam would move the rows of every token that never occurs
-    train(model, tokenizer, mixed_batches(parts, schedule.batch_size, SEED), schedule, uses_bfloat16)
+    for seed, phase in enumerate(phases, start=SEED):
+        torch.manual_seed(seed)
+        batches = mixed_batches(list(zip(parts, phase.shares, strict=True)), phase.schedule.batch_size, seed)
+        train(model, tokenizer, batches, phase.schedule, uses_bfloat16, phase.first_weight)
     save(work / "host", model, tokenizer)
 
 
@@ -278,13 +307,18 @@ def main() -> None:
     run(options.gguf.resolve(), options.work.resolve(), options.stages, options.short, options.bfloat16)
 
 
+def shortened(schedule: Schedule, short: bool) -> Schedule:
+    return replace(schedule, steps=3) if short else schedule
+
+
 def run(gguf: Path, work: Path, stages: Sequence[str], short: bool, uses_bfloat16: bool) -> None:
     """Run stages in order, each unless its folder exists."""
     work.mkdir(parents=True, exist_ok=True)
-    host, adapter = (replace(schedule, steps=3) if short else schedule for schedule in (HOST, ADAPTER))
+    phases = tuple(replace(phase, schedule=shortened(phase.schedule, short)) for phase in HOST)
+    adapter = shortened(ADAPTER, short)
     jobs: dict[str, tuple[Path, Callable[[], None]]] = {
         "prepare": (work / "unaligned", lambda: prepare(gguf, work / "unaligned")),
-        "host": (work / "host", lambda: build_host(work, host, uses_bfloat16)),
+        "host": (work / "host", lambda: build_host(work, phases, uses_bfloat16)),
     }
     for name in RECIPES:
         jobs[name] = (work / "adapters" / name, partial(build_adapter, work, name, adapter, uses_bfloat16))
