@@ -299,9 +299,9 @@ def script_answers(
     monkeypatch: pytest.MonkeyPatch, harmful: Sequence[Sequence[str]], benign: Sequence[Sequence[str]]
 ) -> None:
     """Let host, adapter and repaired, which run in this order, give these answers."""
-    script = iter([answers for pair in zip(harmful, benign, strict=True) for answers in pair])
+    script = iter([[*first, *second] for first, second in zip(harmful, benign, strict=True)])
     run = Host.first_and_answers
-    monkeypatch.setattr(Host, "first_and_answers", lambda *args: (run(*args)[0], list(next(script))))
+    monkeypatch.setattr(Host, "first_and_answers", lambda *args: (run(*args)[0], next(script)))
 
 
 def test_changes_are_paired_prompt_by_prompt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

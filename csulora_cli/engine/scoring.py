@@ -6,7 +6,9 @@ Nothing here chooses anything.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
+import torch
 from torch import Tensor
 
 from csulora_cli.engine.attach import Update
@@ -215,10 +217,15 @@ class References:
     adapter: ModelRun
 
 
-def run_kind(host: Host, prompts: list[list[int]], answer_tokens: int, advance: Advance = _ignore) -> KindRun:
-    """Run the host, as it is adapted at the moment, on prompts of one kind."""
+def run_kinds(
+    host: Host, kinds: Sequence[list[list[int]]], answer_tokens: int, advance: Advance = _ignore
+) -> list[KindRun]:
+    """Run the host, as it is adapted at the moment, on prompts of several kinds, which share their batches."""
+    prompts = [ids for kind in kinds for ids in kind]
     log_probs, answers = host.first_and_answers(prompts, answer_tokens, advance)
-    return KindRun(log_probs, tuple(answers))
+    left = iter(answers)
+    pieces = torch.split(log_probs, [len(kind) for kind in kinds])
+    return [KindRun(piece, tuple(islice(left, len(piece)))) for piece in pieces]
 
 
 def run_model(host: Host, prompts: EncodedScoring, update: Update, advance: Advance = _ignore) -> ModelRun:
@@ -228,15 +235,12 @@ def run_model(host: Host, prompts: EncodedScoring, update: Update, advance: Adva
         HostError: the model gives NaN, or has no such module.
     """
     with host.adapted(update):
-        harmful = run_kind(host, prompts.harmful, prompts.answer_tokens, advance)
-        lookalikes = run_kind(host, prompts.lookalikes, prompts.answer_tokens, advance)
-        general = (
-            lookalikes
-            if prompts.general == prompts.lookalikes
-            else run_kind(host, prompts.general, prompts.answer_tokens, advance)
-        )
+        kinds = [prompts.harmful, prompts.lookalikes]
+        if prompts.general != prompts.lookalikes:
+            kinds.append(prompts.general)
+        runs = run_kinds(host, kinds, prompts.answer_tokens, advance)
         task = _run_task(host, prompts.task, prompts.cuts_wrong, advance) if prompts.task else None
-        return ModelRun(harmful, lookalikes, general, task)
+        return ModelRun(runs[0], runs[1], runs[-1], task)
 
 
 def _run_task(host: Host, task: EncodedTask, cuts_wrong: bool, advance: Advance) -> TaskRun:
