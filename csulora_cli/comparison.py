@@ -1,5 +1,6 @@
 """`compare_methods`: one adapter, every method, several strengths each, scored alike on prompts that chose nothing."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +23,15 @@ from csulora_cli.engine.host import choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_directions, encode_prompts
 from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
-from csulora_cli.engine.scoring import EncodedScoring, References, ScoringPrompts, encode_scoring, run_model, score_run
+from csulora_cli.engine.scoring import (
+    EncodedScoring,
+    ModelRun,
+    References,
+    ScoringPrompts,
+    encode_scoring,
+    run_model,
+    score_run,
+)
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import measure_displacements
 from csulora_cli.errors import AdapterError, PromptsError
@@ -30,6 +39,7 @@ from csulora_cli.files import write_whole
 from csulora_cli.fitting import Fitting, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
+from csulora_cli.journal import Journal
 from csulora_cli.locate import ADAPTER_FILES, locate
 from csulora_cli.methods import choose
 from csulora_cli.methods.method import (
@@ -52,6 +62,7 @@ from csulora_cli.opening import (
 from csulora_cli.pareto import dominated
 from csulora_cli.promptset import SPLITS, Prompts, load_prompts
 from csulora_cli.report import InputRecord, StrengthRecord
+from csulora_cli.scores import ModelScore
 from csulora_cli.settings import DEFAULT_PROTECT, DEFAULT_SUBSPACE_ENERGY, CompareSettings, DoraMode
 from csulora_cli.solver.lowrank import squared_norm
 from csulora_cli.taskset import load_task
@@ -62,7 +73,9 @@ from csulora_cli.version import __version__
 _Repair = Callable[[float], Mapping[str, Factors]]
 
 
-def compare_methods(settings: CompareSettings, progress: Progress | None = None) -> CompareReport:
+def compare_methods(
+    settings: CompareSettings, progress: Progress | None = None, journal: Path | None = None
+) -> CompareReport:
     """Repair one adapter by every method at several strengths, and score all of them alike.
 
     Directions come from the direction prompts, strengths that are found by measuring from the tuning prompts; what is
@@ -71,20 +84,24 @@ def compare_methods(settings: CompareSettings, progress: Progress | None = None)
     Args:
         settings: what to do.
         progress: receives stages, steps and warnings; nothing is printed here.
+        journal: a file of our own that is made and grows with every strength that is found and every point that is
+            scored. What it holds from a run on the same inputs with the same settings is not measured again.
 
     Raises:
         CsuloraError: see `errors`; nothing is left behind.
     """
     with resource_errors():
-        return _Comparison(settings, Recorder(progress or Silent())).run()
+        return _Comparison(settings, Recorder(progress or Silent()), Journal(journal)).run()
 
 
 class _Comparison:
     """One run of `compare_methods`, stage by stage."""
 
-    def __init__(self, settings: CompareSettings, progress: Recorder) -> None:
+    def __init__(self, settings: CompareSettings, progress: Recorder, journal: Journal) -> None:
         self.settings = settings
         self.progress = progress
+        self.journal = journal
+        self.scores: dict[str, tuple[ModelScore, tuple[bool, ...]]] = {}  # by the digest of the factors
 
     def run(self) -> CompareReport:
         settings = self.settings
@@ -201,9 +218,11 @@ class _Comparison:
     # What is measured
 
     def _measure(self) -> CompareReport:
+        encoded = encode_scoring(self.host, self.scored, self.settings.answer_tokens, cuts_wrong=True)
+        inputs, used = self._inputs(), self._settings_used(encoded)
+        self.identity = _identity(inputs, used)
         automatic = self._search()
         plans = self._plans(automatic)
-        encoded = encode_scoring(self.host, self.scored, self.settings.answer_tokens)
         self.progress.stage("methods", (2 + sum(map(len, plans.values()))) * encoded.steps)
         adapter = run_model(self.host, encoded, Update.of(self.adapter), self.progress.advance)
         references = References(run_model(self.host, encoded, Update(), self.progress.advance), adapter)
@@ -216,8 +235,8 @@ class _Comparison:
         host_score = score_run(references.host, references)
         report = CompareReport(
             version=__version__,
-            inputs=self._inputs(),
-            settings=self._settings_used(encoded),
+            inputs=inputs,
+            settings=used,
             prompt_counts=self._counts(),
             methods=[_record(method, automatic.get(method.name)) for method in self.methods],
             host=host_score,
@@ -241,12 +260,15 @@ class _Comparison:
             return {}
         self.progress.stage("strength")
         judge = KlJudge(self.host, encode_prompts(self.host, self.prompts.tuning), Update.of(self.adapter))
-        return {
-            method.name: find_strength(
-                judge, self.sites, partial(self._stored, method), None, self.progress, costs_everywhere=False
-            )
-            for method in methods
-        }
+        return {method.name: self._find(method, judge) for method in methods}
+
+    def _find(self, method: Method, judge: KlJudge) -> StrengthRecord:
+        found = self.journal.get(StrengthRecord, self.identity, method.name)
+        if found is None:
+            repaired = partial(self._stored, method)
+            found = find_strength(judge, self.sites, repaired, None, self.progress, costs_everywhere=False)
+            self.journal.put(found, self.identity, method.name)
+        return found
 
     def _plans(self, automatic: Mapping[str, StrengthRecord]) -> dict[Method, dict[float, Origin]]:
         """Every method's strengths and where they come from."""
@@ -283,18 +305,38 @@ class _Comparison:
     def _point(
         self, method: Method, value: float, origin: Origin, encoded: EncodedScoring, references: References
     ) -> Point:
+        known = self.journal.get(Point, self.identity, method.name, value)
+        if known is not None:
+            self.progress.advance(encoded.steps)
+            return replace(known, origin=origin)
         factors = self._stored(method, value)
-        run = run_model(self.host, encoded, Update(factors, self.adapter.carried), self.progress.advance)
-        return Point(
+        score, task_right = self._score(factors, encoded, references)
+        point = Point(
             method=method.name,
             family=str(method.family),
             strength=value,
             origin=origin,
             moved=moved_share(self.sites, factors),
             rank=max(each.lora_a.shape[0] for each in factors.values()),
-            score=score_run(run, references),
-            task_right=tuple(run.task.is_right) if run.task else (),
+            score=score,
+            task_right=task_right,
         )
+        self.journal.put(point, self.identity, method.name, value)
+        return point
+
+    def _score(
+        self, factors: Mapping[str, Factors], encoded: EncodedScoring, references: References
+    ) -> tuple[ModelScore, tuple[bool, ...]]:
+        """The score and the right task answers; the same factors, the adapter's own among them, are run once."""
+        if not self.scores:
+            self.scores[_digest(unchanged(self.sites))] = _scored(references.adapter, references)
+        key = _digest(factors)
+        if key in self.scores:
+            self.progress.advance(encoded.steps)
+        else:
+            run = run_model(self.host, encoded, Update(factors, self.adapter.carried), self.progress.advance)
+            self.scores[key] = _scored(run, references)
+        return self.scores[key]
 
     # What comes out
 
@@ -354,6 +396,28 @@ class _Comparison:
                 writer.copy_companions(self.adapter_at.folder, folder)
                 _write_json(folder, {"method": point.method, "strength": point.strength, **_provenance(report)})
             _write_json(staging, {key: value for key, value in report.to_dict().items() if key != "out"})
+
+
+def _identity(inputs: Mapping[str, InputRecord], settings: Mapping[str, Any]) -> str:
+    """What a measured strength or point depends on, beside the method and its strength."""
+    files = {name: dict(record.sha256) for name, record in inputs.items()}
+    others = {name: value for name, value in settings.items() if name != "points"}
+    return hashlib.sha256(json.dumps([__version__, files, others], sort_keys=True).encode()).hexdigest()
+
+
+def _scored(run: ModelRun, references: References) -> tuple[ModelScore, tuple[bool, ...]]:
+    return score_run(run, references), tuple(run.task.is_right) if run.task else ()
+
+
+def _digest(factors: Mapping[str, Factors]) -> str:
+    """Of everything that decides what factors do where they are applied."""
+    digest = hashlib.sha256()
+    for name, own in sorted(factors.items()):
+        digest.update(f"{name} {own.scale} {own.place}".encode())
+        for tensor in (own.lora_a, own.lora_b, own.bias, own.gain):
+            wide = None if tensor is None else tensor.float().contiguous()
+            digest.update(b"none" if wide is None else str(tuple(wide.shape)).encode() + wide.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _squared_norm(factors: Mapping[str, Factors]) -> float:

@@ -299,8 +299,9 @@ def script_answers(
     monkeypatch: pytest.MonkeyPatch, harmful: Sequence[Sequence[str]], benign: Sequence[Sequence[str]]
 ) -> None:
     """Let host, adapter and repaired, which run in this order, give these answers."""
-    script = iter([answers for pair in zip(harmful, benign, strict=True) for answers in pair])
-    monkeypatch.setattr(Host, "answers", lambda *_: list(next(script)))
+    script = iter([[*first, *second] for first, second in zip(harmful, benign, strict=True)])
+    run = Host.first_and_answers
+    monkeypatch.setattr(Host, "first_and_answers", lambda *args: (run(*args)[0], next(script)))
 
 
 def test_changes_are_paired_prompt_by_prompt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,8 +343,7 @@ def test_a_judge_reads_the_coherent_answers_of_every_model(
 ) -> None:
     judge = make(tmp_path / "judge")
     harmful = (["w1 w9", "w2 w3", "", "w9 w8"], ["w9", "w9", "w9", "w9"], ["w9", "w8", "w7", "..."])
-    answers, script = Host.answers, iter([each for kind in harmful for each in (kind, ["w1"] * 4)])
-    monkeypatch.setattr(Host, "answers", lambda *args: next(script, None) or answers(*args))
+    script_answers(monkeypatch, harmful, benign=[["w1"] * 4] * 3)
     progress, saved = Watcher(), tmp_path / "answers.jsonl"
     report = world.run(progress, task=None, judge=str(judge), save_answers=saved)
     found = [model.judge for model in report.models]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from csulora_cli.engine.scoring import (
     References,
     ScoringPrompts,
     TaskRun,
+    can_become,
     encode_scoring,
     run_model,
     score_kind,
@@ -246,7 +248,8 @@ def test_a_run_holds_what_the_host_gives_by_itself(host: Host, update: Update) -
     assert sum(steps) == prompts.steps == 3 + 2 + 4 + 2
     with host.adapted(update):
         assert run.harmful.answers == tuple(host.answers(prompts.harmful, 3))
-        assert torch.equal(run.general.log_probs, host.first_token_log_probs(prompts.general))
+        # One pass gives both, padded on the other side.
+        torch.testing.assert_close(run.general.log_probs, host.first_token_log_probs(prompts.general))
         assert prompts.task is not None
         nll = host.answer_nll(prompts.task.prompts, prompts.task.responses)
     assert run.task is not None
@@ -288,3 +291,35 @@ def test_task_answers_may_be_a_little_longer_than_the_longest_response(
     assert new_tokens() == 5 + 8  # four words and a stop token
     monkeypatch.setattr("csulora_cli.engine.scoring.MAX_TASK_TOKENS", 6)
     assert new_tokens() == 6
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "can"),
+    [
+        ("", "w1 w2", True),
+        ("w1", "w1 w2", True),
+        (" w1  w2\n", "w1 w2", True),
+        ("w1 w3", "w1 w2", False),
+        ("w1 w2 w2", "w1 w2", False),
+        ("don't", "don 't", True),
+        ("caf\ufffd", "café", True),
+        ("\ufffdcaf", "café", False),
+    ],
+)
+def test_a_beginning_that_differs_never_becomes_the_response(answer: str, response: str, can: bool) -> None:
+    assert can_become(answer, response) is can
+
+
+def test_cutting_wrong_task_answers_changes_no_verdict(host: Host, update: Update) -> None:
+    whole = run_model(host, encode_scoring(host, PROMPTS, answer_tokens=3), update).task
+    assert whole is not None
+    right = tuple(
+        TaskExample(example.prompt, answer) for example, answer in zip(PROMPTS.task, whole.answers, strict=True)
+    )
+    prompts = replace(PROMPTS, task=(*right, *PROMPTS.task))
+    runs = [run_model(host, encode_scoring(host, prompts, 3, cuts_wrong=cuts), update).task for cuts in (False, True)]
+    assert runs[0] is not None
+    assert runs[1] is not None
+    assert runs[1].is_right == runs[0].is_right == [True] * len(right) + [False] * len(PROMPTS.task)
+    assert runs[1].nll == runs[0].nll
+    assert sum(map(len, runs[1].answers)) < sum(map(len, runs[0].answers))

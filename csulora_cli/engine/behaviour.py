@@ -7,7 +7,7 @@ from csulora_cli.engine.host import Host
 from csulora_cli.engine.inputs import Encoded
 from csulora_cli.engine.measure import contrast, mean_kl
 from csulora_cli.engine.progress import Progress
-from csulora_cli.engine.scoring import run_kind, score_kind
+from csulora_cli.engine.scoring import run_kinds, score_kind
 from csulora_cli.refusals import ANSWER_TOKENS
 from csulora_cli.report import Behaviour
 from csulora_cli.scores import KindScore
@@ -53,8 +53,8 @@ def measure_behaviour(
     harmful, benign = {}, {}
     for name, update in models.items():
         with host.adapted(update):
-            harmful[name] = run_kind(host, prompts.harmful, ANSWER_TOKENS, progress.advance)
-            benign[name] = run_kind(host, prompts.benign, ANSWER_TOKENS, progress.advance)
+            kinds = [prompts.harmful, prompts.benign]
+            harmful[name], benign[name] = run_kinds(host, kinds, ANSWER_TOKENS, progress.advance)
     return {
         name: _behaviour(
             score_kind(harmful[name], harmful["host"], harmful["adapter"]),

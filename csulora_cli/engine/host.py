@@ -172,11 +172,8 @@ class Host:
         rows: list[Tensor] = [torch.empty(0)] * len(token_lists)
 
         def run(batch: Batch) -> None:
-            log_probs = self.run(batch).log_softmax(-1).cpu()  # (B, vocab)
-            if bool(log_probs.isnan().any()):
-                raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
-            for index, row in enumerate(batch.rows):
-                rows[row] = log_probs[index]
+            for row, log_probs in zip(batch.rows, _log_probs(self.run(batch)), strict=True):
+                rows[row] = log_probs
 
         self._each_batch(token_lists, BATCH_TOKENS, run)
         return torch.stack(rows)
@@ -205,20 +202,64 @@ class Host:
         return sums
 
     def answers(
-        self, token_lists: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None] | None = None
+        self,
+        token_lists: Sequence[Sequence[int]],
+        new_tokens: int,
+        advance: Callable[[int], None] | None = None,
+        is_over: Callable[[int, str], bool] | None = None,
     ) -> list[str]:
-        """Greedy answers, decoded without special tokens, in the order given."""
-        return [
-            self.tokenizer.decode(tokens, skip_special_tokens=True)
-            for tokens in self.generate(token_lists, new_tokens, advance)
-        ]
+        """Greedy answers, decoded without special tokens, in the order given.
+
+        Args:
+            token_lists: the prompts.
+            new_tokens: how long answers may be.
+            advance: told how many are done.
+            is_over: whether enough is known of an answer, from its prompt's place and what there is of it; the rest is
+                then not generated.
+        """
+
+        def text(tokens: Sequence[int]) -> str:
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+        wanted = None if is_over is None else lambda row, tokens: is_over(row, text(tokens))
+        return [text(tokens) for tokens in self.generate(token_lists, new_tokens, advance, is_over=wanted)]
+
+    def first_and_answers(
+        self, token_lists: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, list[str]]:
+        """`first_token_log_probs` and `answers` from one pass over the prompts.
+
+        Raises:
+            HostError: the model gives NaN.
+        """
+        rows: list[Tensor] = [torch.empty(0)] * len(token_lists)
+
+        def keep(batch: Batch, logits: Tensor) -> None:
+            for row, log_probs in zip(batch.rows, _log_probs(logits), strict=True):
+                rows[row] = log_probs
+
+        tokens = self.generate(token_lists, new_tokens, advance, keep)
+        return torch.stack(rows), [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
     @torch.inference_mode()
     @quiet_transformers()
     def generate(
-        self, token_lists: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None] | None = None
+        self,
+        token_lists: Sequence[Sequence[int]],
+        new_tokens: int,
+        advance: Callable[[int], None] | None = None,
+        take_first: Callable[["Batch", Tensor], None] | None = None,
+        is_over: Callable[[int, Sequence[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """Greedy answers as token ids, up to where the host's own stop token ends them, in the order given."""
+        """Greedy answers as token ids, up to where the host's own stop token ends them, in the order given.
+
+        Args:
+            token_lists: the prompts.
+            new_tokens: how long answers may be.
+            advance: told how many are done.
+            take_first: receives the logits of the first answer tokens of a batch, (B, vocab), float32.
+            is_over: whether to stop an answer, from its prompt's place and its tokens so far.
+        """
         answers: list[list[int]] = [[]] * len(token_lists)
         stops = self._stop_ids()
 
@@ -233,6 +274,7 @@ class Host:
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=self._pad_id(),
+                **_watchers(batch, width, take_first, is_over),
             )
             for index, row in enumerate(batch.rows):
                 answers[row] = list(takewhile(lambda token: token not in stops, out[index, width:].tolist()))
@@ -264,6 +306,51 @@ class Batch:
     rows: list[int]
     ids: Tensor
     mask: Tensor
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    """log p from logits, (B, vocab), on the CPU.
+
+    Raises:
+        HostError: there is NaN.
+    """
+    log_probs = logits.log_softmax(-1).cpu()
+    if bool(log_probs.isnan().any()):
+        raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
+    return log_probs
+
+
+def _watchers(
+    batch: Batch,
+    width: int,
+    take_first: Callable[[Batch, Tensor], None] | None,
+    is_over: Callable[[int, Sequence[int]], bool] | None,
+) -> dict[str, Any]:
+    """What transformers' `generate` takes to hand over first logits and to end answers, see `Host.generate`."""
+    from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+    class First(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if take_first is not None and input_ids.shape[1] == width:
+                take_first(batch, scores)
+            return scores
+
+    class Over(StoppingCriteria):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.is_done = [False] * len(batch.rows)
+
+        def __call__(self, input_ids: Tensor, _scores: Tensor, **_options: Any) -> Tensor:
+            assert is_over is not None
+            for index, row in enumerate(batch.rows):
+                self.is_done[index] = self.is_done[index] or is_over(row, input_ids[index, width:].tolist())
+            return torch.tensor(self.is_done, device=input_ids.device)
+
+    options: dict[str, Any] = {}
+    if take_first is not None:
+        options["logits_processor"] = LogitsProcessorList([First()])
+    if is_over is not None:
+        options["stopping_criteria"] = StoppingCriteriaList([Over()])
+    return options
 
 
 def choose_device(name: str) -> torch.device:

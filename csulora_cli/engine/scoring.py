@@ -6,7 +6,9 @@ Nothing here chooses anything.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
+import torch
 from torch import Tensor
 
 from csulora_cli.engine.attach import Update
@@ -114,6 +116,8 @@ class EncodedScoring:
 
     Attributes:
         answer_tokens: how many tokens of an answer are generated.
+        cuts_wrong: do not generate what comes behind the first difference of a task answer to its response: that it is
+            wrong is known then.
     """
 
     harmful: list[list[int]]
@@ -121,6 +125,7 @@ class EncodedScoring:
     general: list[list[int]]
     task: EncodedTask | None
     answer_tokens: int
+    cuts_wrong: bool = False
 
     @property
     def steps(self) -> int:
@@ -130,7 +135,9 @@ class EncodedScoring:
         return kinds + (len(self.task.prompts) if self.task else 0)
 
 
-def encode_scoring(host: Host, prompts: ScoringPrompts, answer_tokens: int = ANSWER_TOKENS) -> EncodedScoring:
+def encode_scoring(
+    host: Host, prompts: ScoringPrompts, answer_tokens: int = ANSWER_TOKENS, cuts_wrong: bool = False
+) -> EncodedScoring:
     """Encode all prompts with the host's chat template."""
     return EncodedScoring(
         [host.encode(text) for text in prompts.harmful],
@@ -138,6 +145,7 @@ def encode_scoring(host: Host, prompts: ScoringPrompts, answer_tokens: int = ANS
         [host.encode(text) for text in prompts.general],
         _encode_task(host, prompts.task) if prompts.task else None,
         answer_tokens,
+        cuts_wrong,
     )
 
 
@@ -163,6 +171,16 @@ class KindRun:
 def answer_is_right(answer: str, response: str) -> bool:
     """Exact match, but for white space at the ends."""
     return answer.strip() == response.strip()
+
+
+def can_become(answer: str, response: str) -> bool:
+    """Whether the beginning of an answer can still become the response.
+
+    White space is left out, because decoding further tokens may move it, and so are the replacement characters that
+    stand for the first bytes of a character at the end.
+    """
+    begun, wanted = ("".join(text.split()) for text in (answer.rstrip("\ufffd"), response))
+    return wanted.startswith(begun)
 
 
 @dataclass(frozen=True)
@@ -199,9 +217,15 @@ class References:
     adapter: ModelRun
 
 
-def run_kind(host: Host, prompts: list[list[int]], answer_tokens: int, advance: Advance = _ignore) -> KindRun:
-    """Run the host, as it is adapted at the moment, on prompts of one kind."""
-    return KindRun(host.first_token_log_probs(prompts), tuple(host.answers(prompts, answer_tokens, advance)))
+def run_kinds(
+    host: Host, kinds: Sequence[list[list[int]]], answer_tokens: int, advance: Advance = _ignore
+) -> list[KindRun]:
+    """Run the host, as it is adapted at the moment, on prompts of several kinds, which share their batches."""
+    prompts = [ids for kind in kinds for ids in kind]
+    log_probs, answers = host.first_and_answers(prompts, answer_tokens, advance)
+    left = iter(answers)
+    pieces = torch.split(log_probs, [len(kind) for kind in kinds])
+    return [KindRun(piece, tuple(islice(left, len(piece)))) for piece in pieces]
 
 
 def run_model(host: Host, prompts: EncodedScoring, update: Update, advance: Advance = _ignore) -> ModelRun:
@@ -211,19 +235,21 @@ def run_model(host: Host, prompts: EncodedScoring, update: Update, advance: Adva
         HostError: the model gives NaN, or has no such module.
     """
     with host.adapted(update):
-        harmful = run_kind(host, prompts.harmful, prompts.answer_tokens, advance)
-        lookalikes = run_kind(host, prompts.lookalikes, prompts.answer_tokens, advance)
-        general = (
-            lookalikes
-            if prompts.general == prompts.lookalikes
-            else run_kind(host, prompts.general, prompts.answer_tokens, advance)
-        )
-        return ModelRun(harmful, lookalikes, general, _run_task(host, prompts.task, advance) if prompts.task else None)
+        kinds = [prompts.harmful, prompts.lookalikes]
+        if prompts.general != prompts.lookalikes:
+            kinds.append(prompts.general)
+        runs = run_kinds(host, kinds, prompts.answer_tokens, advance)
+        task = _run_task(host, prompts.task, prompts.cuts_wrong, advance) if prompts.task else None
+        return ModelRun(runs[0], runs[1], runs[-1], task)
 
 
-def _run_task(host: Host, task: EncodedTask, advance: Advance) -> TaskRun:
+def _run_task(host: Host, task: EncodedTask, cuts_wrong: bool, advance: Advance) -> TaskRun:
+    def is_wrong(place: int, answer: str) -> bool:
+        return not can_become(answer, task.texts[place])
+
     nll = sum(host.answer_nll(task.prompts, task.responses)) / sum(len(response) for response in task.responses)
-    return TaskRun(tuple(host.answers(task.prompts, task.new_tokens, advance)), task.texts, nll)
+    answers = host.answers(task.prompts, task.new_tokens, advance, is_wrong if cuts_wrong else None)
+    return TaskRun(tuple(answers), task.texts, nll)
 
 
 def score_model(

@@ -1,11 +1,17 @@
 """Put csulora beside its peers and controls on the experiment's adapters, on the evaluation prompts.
 
-    python scripts/smollm2/peers.py --work DIR --adapters far chat    # after experiment.py; prints the README's tables
+    python scripts/smollm2/peers.py --work DIR    # after experiment.py; prints the README's tables
 
 Runs `csulora compare` with the shipped direction and tuning prompts, and with the evaluation prompts in the place of
-the shipped report prompts; the task is the held-out part of each adapter's own. Writes DIR/compare/<adapter>.json,
-whole or not at all; what is there is not done again. The how-to task has no exact answers: what is kept of it is
-measured by NLL.
+the shipped report prompts; the task is the held-out part of each adapter's own. The how-to task has no exact answers:
+what is kept of it is measured by NLL.
+
+Writes DIR/compare/<adapter>-<dtype>-<points>.json, whole or not at all; what is there is not done again. Every strength
+that is found and every point that is scored is added to the .journal beside it at once, so that a run that was stopped
+goes on with the next one, after the models are loaded and the moments are collected again.
+
+With the defaults (one strength a method beside the one that is found, bfloat16) an adapter should take about 20 minutes
+of one core with AVX-512 bfloat16: an estimate from the times of its parts, most of it some 25 scored models.
 """
 
 import argparse
@@ -40,7 +46,7 @@ def write_prompts(path: Path) -> None:
 
 def compare(work: Path, name: str, points: int, dtype: str) -> dict[str, Any]:
     """The comparison on one adapter, from its file if that is there."""
-    out = work / "compare" / f"{name}.json"
+    out = work / "compare" / f"{name}-{dtype}-{points}.json"
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
         prompts, task = work / "compare" / "prompts.jsonl", work / "compare" / f"task-{name}.jsonl"
@@ -57,10 +63,11 @@ def compare(work: Path, name: str, points: int, dtype: str) -> dict[str, Any]:
             dtype=dtype,
         )
         unfinished = out.with_suffix(".partial")
-        unfinished.write_text(json.dumps(compare_methods(settings).to_dict(), indent=1) + "\n", encoding="utf-8")
+        report = compare_methods(settings, journal=out.with_suffix(".journal"))
+        unfinished.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         unfinished.replace(out)
-    report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return report
+    document: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return document
 
 
 def asr(point: dict[str, Any]) -> dict[str, Any]:
@@ -105,9 +112,9 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="the folder that experiment.py filled")
-    parser.add_argument("--adapters", nargs="+", choices=list(RECIPES), default=["far", "chat"])
-    parser.add_argument("--points", type=int, default=3, help="strengths of every method, beside the one that is found")
-    parser.add_argument("--dtype", default="auto", help="to run the host in, as of csulora compare")
+    parser.add_argument("--adapters", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--points", type=int, default=1, help="strengths of every method, beside the one that is found")
+    parser.add_argument("--dtype", default="bfloat16", help="to run the host in, as of csulora compare")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
