@@ -5,20 +5,26 @@ of its modules. Whoever quantises names the method in `quantization_config` (tra
 of its own; no list of methods is kept here.
 """
 
+import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from csulora_cli.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from csulora_cli.checkpoint import CONFIG_NAME
 from csulora_cli.errors import HostError
 from csulora_cli.files import is_regular, parse_json_object, read_bytes
 from csulora_cli.locate import Location
-from csulora_cli.text import printable, some
+from csulora_cli.text import printable
 
 # Where a config describes its quantization: transformers, compressed-tensors before it was part of that, mlx.
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 # Files that tools wrote beside a config that is silent about them, and what the method is called then.
 _QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+# How llama.cpp names the parts of a file that it has split, and what reads GGUF files for transformers.
+_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_GGUF_PACKAGES = ("gguf", "accelerate")
 
 
 def check_model_kind(location: Location, role: str) -> None:
@@ -29,11 +35,13 @@ def check_model_kind(location: Location, role: str) -> None:
         role: what to call it in messages ("host", "unaligned model").
 
     Raises:
-        HostError: it is quantised, an encoder-decoder model or there as GGUF only, or its config cannot be read.
+        HostError: it is quantised, an encoder-decoder model or a part of a GGUF file, its config cannot be read, or a
+            package that reads it is not installed.
     """
     name = f"the {role} {printable(location.given)}"
-    if files := gguf_files(location.folder):
-        raise HostError(f"{name} has its weights only as GGUF: {some(files, 2)}", "Give the model as safetensors.")
+    if location.gguf is not None:
+        _check_gguf(name, location.gguf)
+        return
     path = location.folder / CONFIG_NAME
     config = parse_json_object(read_bytes(path, HostError), path, HostError) if path.exists() else {}
     if (method := quantization(location.folder, config)) is not None:
@@ -44,11 +52,31 @@ def check_model_kind(location: Location, role: str) -> None:
         raise HostError(f"{name} is an encoder-decoder model", "csulora repairs adapters of decoder-only models.")
 
 
-def gguf_files(folder: Path) -> list[str]:
-    """The names of the GGUF files of a folder that has no safetensors, sorted; empty if it has."""
-    if any(is_regular(folder / name) for name in (SINGLE_NAME, INDEX_NAME)):
-        return []
-    return sorted(path.name for path in folder.glob("*.gguf") if is_regular(path))
+def _check_gguf(name: str, file: str) -> None:
+    if _GGUF_PART.search(file):
+        raise HostError(
+            f"{name} is one part of a GGUF file that was split: {printable(file)}",
+            "Join its parts first: llama-gguf-split --merge FIRST-PART OUT.gguf",
+        )
+    if missing := [package for package in _GGUF_PACKAGES if find_spec(package) is None]:
+        raise HostError(
+            f"{name} is a GGUF file, and the Python package {missing[0]} that reads it is not installed",
+            "Run: pip install 'csulora[gguf]'",
+        )
+
+
+def check_not_gguf(location: Location, role: str) -> None:
+    """Refuse a GGUF file for the weights source: a displacement would hold the rounding errors of its weights.
+
+    Raises:
+        HostError: it is a GGUF file.
+    """
+    if location.gguf is not None:
+        raise HostError(
+            f"the {role} {printable(location.given)} is a GGUF file: the weights source would take its rounding for "
+            "alignment",
+            "Give both models as safetensors, or leave --unaligned out: the prompts source takes GGUF hosts.",
+        )
 
 
 def quantization(folder: Path, config: Mapping[str, Any]) -> str | None:

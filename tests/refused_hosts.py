@@ -54,6 +54,13 @@ REFUSED_HOSTS = {
     "GPTQ, told by a file": RefusedHost("is quantised (gptq)", files={"quantize_config.json": b'{"bits": 4}'}),
     "AWQ, told by a file": RefusedHost("is quantised (awq)", files={"quant_config.json": b'{"w_bit": 4}'}),
     "ModelOpt, told by a file": RefusedHost("is quantised (modelopt)", files={"hf_quant_config.json": b"{}"}),
-    "GGUF only": RefusedHost("has its weights only as GGUF: model-q4.gguf", files={"model-q4.gguf": b"GGUF"}),
+    "several GGUF files": RefusedHost(
+        "has 2 GGUF files and no safetensors: model-q4.gguf, model-q8.gguf",
+        files={"model-q8.gguf": b"GGUF", "model-q4.gguf": b"GGUF"},
+    ),
+    "a part of a GGUF file": RefusedHost(
+        "is one part of a GGUF file that was split: model-00001-of-00003.gguf",
+        files={"model-00001-of-00003.gguf": b"GGUF"},
+    ),
     "encoder-decoder": RefusedHost("is an encoder-decoder model", {"is_encoder_decoder": True}),
 }

@@ -17,6 +17,7 @@ from csulora_cli.engine.memory import BatchSize, is_out_of_memory
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
+from csulora_cli.pretrained import check_decoder_only, pretrained
 from csulora_cli.text import printable, some
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
@@ -300,7 +301,7 @@ def load_host(
     """Load the host (or a causal language model in another role) through transformers, without any adapter.
 
     Args:
-        location: its folder.
+        location: its folder or GGUF file.
         device: where to run it.
         dtype: auto (as stored; float32 in the place of float16 on the CPU), float32, bfloat16 or float16.
         trust_remote_code: let the host's own code run.
@@ -311,16 +312,15 @@ def load_host(
     """
     import transformers
 
-    folder = str(location.folder)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder, **options)
+        with quiet_transformers(), pretrained(location, trust_remote_code) as source:
+            config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
             wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
             model, found = model_class(config).from_pretrained(
-                folder, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
-            )
+                source.name, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True,
+                **source.options, **source.model_options,
+            )  # fmt: skip
     except Exception as problem:  # transformers and the host's own code raise anything
         if is_out_of_memory(problem):
             raise
@@ -328,6 +328,7 @@ def load_host(
         if "trust_remote_code" in str(problem):
             hint = "It brings its own code: read it, then add --trust-remote-code."
         raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(problem)}", hint) from None
+    check_decoder_only(location, config, role)
     check_complete(found, location, role)
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
     model.generation_config = _stops_only(model.generation_config)
