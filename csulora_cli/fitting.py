@@ -18,7 +18,7 @@ from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.site import Site
 from csulora_cli.formats.structure import Structure, read_structure, structure_of
 from csulora_cli.locate import Location
-from csulora_cli.model_kind import check_model_kind, check_not_gguf
+from csulora_cli.model_kind import check_model_kind, check_plain, is_plain
 from csulora_cli.opening import open_host
 from csulora_cli.report import CarriedRecord
 from csulora_cli.settings import DoraMode
@@ -78,11 +78,12 @@ class Fitting:
         for location, role in models:
             check_model_kind(location, role)
             if self._unaligned_at is not None:
-                check_not_gguf(location, role)
-        if self.adapter.needs_structure or self._host_at.gguf is not None:
+                check_plain(location, role)
+        has_plain_host = is_plain(self._host_at)
+        if self.adapter.needs_structure or not has_plain_host:
             self._bind(self.structure)
-        if self._host_at.gguf is not None:
-            return  # its names on disk are not those in memory
+        if not has_plain_host:
+            return  # what is on disk tells nothing of what is in memory
         for location, role in models:
             checkpoint = stack.enter_context(Checkpoint(location.folder, role))
             if self._structure is None and not self._is_named_as_on_disk(checkpoint):

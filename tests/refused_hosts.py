@@ -34,11 +34,8 @@ def quantised(message: str, **description: Any) -> RefusedHost:
 
 
 REFUSED_HOSTS = {
-    "bitsandbytes, 4 bits": quantised("bitsandbytes, 4 bits", quant_method="bitsandbytes", load_in_4bit=True),
-    "bitsandbytes, 8 bits": quantised("bitsandbytes, 8 bits", load_in_8bit=True, load_in_4bit=False),
     "GPTQ": quantised("gptq, 4 bits", quant_method="gptq", bits=4, group_size=128),
     "AWQ": quantised("awq, 4 bits", quant_method="awq", bits=4, version="gemm"),
-    "FP8": quantised("fp8", quant_method="fp8", weight_block_size=[128, 128]),
     "compressed-tensors": quantised("compressed-tensors", quant_method="compressed-tensors", format="pack-quantized"),
     "MXFP4": quantised("mxfp4", quant_method="mxfp4"),
     "a method that is not named": quantised("by an unknown method", group_size=64),

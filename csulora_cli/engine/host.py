@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import takewhile
+from logging import ERROR, getLogger
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own bars and notes out of our output."""
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel(ERROR)  # it tells of a cast at every product
     level = logging.get_verbosity()
     had_bar = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -315,6 +317,7 @@ def load_host(
     try:
         with quiet_transformers(), pretrained(location, trust_remote_code) as source:
             config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
+            _dequantise_fp8(config)
             wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
             model, found = model_class(config).from_pretrained(
@@ -333,6 +336,13 @@ def load_host(
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
     model.generation_config = _stops_only(model.generation_config)
     return Host(model.to(device).eval(), tokenizer, device, bool(tokenizer.chat_template))
+
+
+def _dequantise_fp8(config: Any) -> None:
+    """Let transformers dequantise FP8 weights everywhere, as it does on its own where no kernel runs them."""
+    own = getattr(config, "quantization_config", None)
+    if isinstance(own, dict) and own.get("quant_method") == "fp8":
+        own["dequantize"] = True
 
 
 def check_complete(found: Mapping[str, Any], location: Location, role: str) -> None:

@@ -76,13 +76,24 @@ def _describe(module: nn.Module) -> HostModule:
         layer = "embedding"
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         layer = "convolution"
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    if isinstance(module, nn.Linear):
+        shapes["weight"] = (module.out_features, module.in_features)  # also where the weight is packed
     return HostModule(
         type(module).__name__,
         layer,
-        {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)},
+        shapes,
         bool(getattr(module, "is_transposed", False)),
         _irregularity(module) if layer == "convolution" else None,
     )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight in another form than numbers (out, in), as quantised ones do."""
+    if not isinstance(module, nn.Linear):
+        return False
+    is_whole = module.weight.shape == (module.out_features, module.in_features)
+    return not is_whole or not module.weight.is_floating_point()
 
 
 def _irregularity(module: Any) -> str | None:
