@@ -26,7 +26,7 @@ from csulora_cli.files import Stamp, read_bytes, sha256_of, staged_file
 from csulora_cli.fitting import Fitting, check_magnitudes, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
-from csulora_cli.locate import ADAPTER_FILES, Location, files_matching, locate
+from csulora_cli.locate import ADAPTER_FILES, Location, files_of, locate, locate_model
 from csulora_cli.opening import (
     Recorder,
     check_report,
@@ -108,7 +108,7 @@ class _Fix:
         self.progress.stage("models")
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
-        self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
+        self.unaligned_at = locate_model(settings.unaligned, files, "unaligned model") if settings.unaligned else None
         self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in _stamps(at, files)]
         with ExitStack() as stack:
             self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
@@ -396,7 +396,7 @@ class _Fix:
 
 
 def _stamps(location: Location, patterns: Sequence[str]) -> list[Stamp]:
-    return [Stamp.of(path) for path in files_matching(location.folder, patterns)]
+    return [Stamp.of(path) for path in files_of(location, patterns)]
 
 
 def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:

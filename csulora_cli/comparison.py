@@ -40,7 +40,7 @@ from csulora_cli.fitting import Fitting, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
 from csulora_cli.journal import Journal
-from csulora_cli.locate import ADAPTER_FILES, locate
+from csulora_cli.locate import ADAPTER_FILES, locate, locate_model
 from csulora_cli.methods import choose
 from csulora_cli.methods.method import (
     DirectionsMethod,
@@ -119,7 +119,7 @@ class _Comparison:
         self.progress.stage("models")
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
-        self.unaligned_at = locate(settings.unaligned, files) if settings.unaligned else None
+        self.unaligned_at = locate_model(settings.unaligned, files, "unaligned model") if settings.unaligned else None
         with ExitStack() as stack:
             self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
             self.fitting.match(stack)

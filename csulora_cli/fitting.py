@@ -18,7 +18,7 @@ from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.site import Site
 from csulora_cli.formats.structure import Structure, read_structure, structure_of
 from csulora_cli.locate import Location
-from csulora_cli.model_kind import check_model_kind
+from csulora_cli.model_kind import check_model_kind, check_plain, is_plain
 from csulora_cli.opening import open_host
 from csulora_cli.report import CarriedRecord
 from csulora_cli.settings import DoraMode
@@ -52,7 +52,7 @@ class Fitting:
         """The host's modules, from its config unless the host is already loaded."""
         if self._structure is None:
             check_model_kind(self._host_at, "host")
-            self._structure = read_structure(self._host_at.folder, self._host_at.given, self._trust_remote_code)
+            self._structure = read_structure(self._host_at, self._trust_remote_code)
         return self._structure
 
     def _bind(self, structure: Structure) -> None:
@@ -72,12 +72,19 @@ class Fitting:
             HostError: a model is of a kind that is refused, unreadable, or has not all weights in the adapter's sizes.
             AdapterError: what the host shows to be wrong in the adapter.
         """
-        if self.adapter.needs_structure:
-            self._bind(self.structure)
-        for location, role in ((self._host_at, "host"), (self._unaligned_at, "unaligned model")):
-            if location is None:
-                continue
+        models = [(self._host_at, "host")]
+        if self._unaligned_at is not None:
+            models.append((self._unaligned_at, "unaligned model"))
+        for location, role in models:
             check_model_kind(location, role)
+            if self._unaligned_at is not None:
+                check_plain(location, role)
+        has_plain_host = is_plain(self._host_at)
+        if self.adapter.needs_structure or not has_plain_host:
+            self._bind(self.structure)
+        if not has_plain_host:
+            return  # what is on disk tells nothing of what is in memory
+        for location, role in models:
             checkpoint = stack.enter_context(Checkpoint(location.folder, role))
             if self._structure is None and not self._is_named_as_on_disk(checkpoint):
                 self._bind(self.structure)

@@ -5,13 +5,13 @@ A local path wins over a Hub id. huggingface_hub does the cache, the token, offl
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 
-from csulora_cli.errors import HubError, InputError, UsageError
+from csulora_cli.errors import HostError, HubError, InputError, UsageError
 from csulora_cli.files import is_regular
-from csulora_cli.text import printable
+from csulora_cli.text import printable, some
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What shapes the prompts and the answers of a model, beside its config and its weights.
 RUN_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_GGUF = ".gguf"
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$|^[\w-]+$", re.ASCII)
 
 
@@ -42,21 +44,25 @@ class Location:
         folder: where the files are.
         repo_id: the Hub id, or None for a local folder.
         commit: the commit that was resolved, or None for a local folder.
+        gguf: the file in the folder that is all of the model, if that is a GGUF file; else None.
     """
 
     given: str
     folder: Path
     repo_id: str | None = None
     commit: str | None = None
+    gguf: str | None = None
 
     @property
     def name(self) -> str:
-        """A short name: the last part of the id or of the folder."""
+        """A short name: the last part of the id, or the name of the GGUF file or of the folder."""
+        if self.gguf and not self.repo_id:
+            return self.gguf.removesuffix(_GGUF)
         return self.repo_id.split("/")[-1] if self.repo_id else self.folder.resolve().name
 
     @property
     def label(self) -> str:
-        """What to write into files: the Hub id, or the folder's name (never a path of this machine)."""
+        """What to write into files: the Hub id, or the file's or folder's name (never a path of this machine)."""
         return self.repo_id or self.name
 
 
@@ -77,6 +83,78 @@ def files_matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
         for path in sorted(folder.iterdir())
         if is_regular(path) and any(fnmatch(path.name, pattern) for pattern in patterns)
     ]
+
+
+def files_of(location: Location, patterns: Sequence[str]) -> list[Path]:
+    """The files of a location that are read: its GGUF file, or those whose names match one of the patterns."""
+    if location.gguf is not None:
+        return [location.folder / location.gguf]
+    return files_matching(location.folder, patterns)
+
+
+def locate_model(given: str, files: Sequence[str], role: str) -> Location:
+    """Like `locate`, for a model, which may also be a GGUF file: named, or all that a place has of weights.
+
+    Args:
+        given: as in `locate`, or a GGUF file: a path, or `org/name/file.gguf`, with `@revision` behind it or without.
+        files: patterns of the files to fetch.
+        role: what to call it in messages ("host", "unaligned model").
+
+    Raises:
+        HostError: a place has several GGUF files and nothing else.
+        InputError: neither a folder nor a Hub id.
+        HubError: not found, no access, or no network.
+    """
+    if (file := _gguf_file(given)) is not None:
+        return Location(given, file.parent, gguf=file.name)
+    whole, _, revision = given.partition("@")
+    repo_id, _, name = whole.rpartition("/")
+    if name.endswith(_GGUF) and looks_like_hub_id(repo_id):
+        return _with_gguf(_download(given, repo_id, revision or None, [name]), name)
+    location = locate(given, files)
+    if any(is_regular(location.folder / weights) for weights in _SAFETENSORS):
+        return location
+    names = _gguf_names(location)
+    if len(names) > 1:
+        raise HostError(
+            f"the {role} {printable(given)} has {len(names)} GGUF files and no safetensors: {some(names)}",
+            f"Name one of them: {printable(whole.rstrip('/'))}/{printable(names[0])}",
+        )
+    if names and location.repo_id is not None:
+        location = _download(given, location.repo_id, location.commit, [*files, *names])
+    return _with_gguf(location, names[0]) if names else location
+
+
+def _gguf_file(given: str) -> Path | None:
+    """The GGUF file here that `given` names; None if there is none."""
+    try:
+        path = Path(given).expanduser()
+        return path if path.suffix == _GGUF and is_regular(path) else None
+    except (RuntimeError, ValueError):  # no such user, a null character
+        return None
+
+
+def _with_gguf(location: Location, name: str) -> Location:
+    if not is_regular(location.folder / name):
+        raise HubError(f"{printable(location.given)} is not in its repository", "Check the file's name on the Hub.")
+    return replace(location, gguf=name)
+
+
+def _gguf_names(location: Location) -> list[str]:
+    """The GGUF files of a folder or a repository, sorted; without the Hub those that are in the cache."""
+    from huggingface_hub import HfApi, constants
+
+    names = [path.name for path in location.folder.iterdir() if is_regular(path)]
+    if location.repo_id is not None and not constants.HF_HUB_OFFLINE:
+        try:
+            names = HfApi().list_repo_files(location.repo_id, revision=location.commit)
+        except Exception as problem:  # httpx's own errors or those of requests, by version of huggingface_hub
+            if not any(name.endswith(_GGUF) for name in names):
+                raise HubError(
+                    f"cannot list the files of {printable(location.given)}: {printable(problem)}",
+                    "Try again, or give a local folder.",
+                ) from None
+    return sorted(name for name in names if name.endswith(_GGUF) and "/" not in name)
 
 
 def locate(given: str, files: Sequence[str], revision: str | None = None) -> Location:
@@ -109,7 +187,7 @@ def _existing_folder(given: str) -> Path | None:
     """The folder that `given` names, itself or by a file in it; None if there is none.
 
     Raises:
-        InputError: an empty name, or a GGUF file: what lies beside it need not be the same model.
+        InputError: an empty name, or a GGUF file: what lies beside it need not be the same model or adapter.
     """
     if not given.strip():
         raise InputError("an empty name is neither a folder nor a Hub id", "Give a folder or an id like org/name.")

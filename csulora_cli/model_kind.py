@@ -1,24 +1,32 @@
 """What kind of model a folder holds, from its small files alone; kinds that csulora cannot run are refused by name.
 
-A weight that is quantised is not the weight that an adapter was trained beside, and its file does not have the shapes
-of its modules. Whoever quantises names the method in `quantization_config` (transformers), in another key, or in a file
-of its own; no list of methods is kept here.
+A weight that is quantised has other values than it had before, and its file does not have the shapes of its modules.
+Whoever quantises names the method in `quantization_config` (transformers), in another key, or in a file of its own.
+Methods that were seen to run in transformers are listed; every other one is refused, whatever it is called.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from csulora_cli.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from csulora_cli.checkpoint import CONFIG_NAME
 from csulora_cli.errors import HostError
 from csulora_cli.files import is_regular, parse_json_object, read_bytes
 from csulora_cli.locate import Location
-from csulora_cli.text import printable, some
+from csulora_cli.text import printable
 
 # Where a config describes its quantization: transformers, compressed-tensors before it was part of that, mlx.
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 # Files that tools wrote beside a config that is silent about them, and what the method is called then.
 _QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+# How llama.cpp names the parts of a file that it has split, and what reads GGUF files for transformers.
+_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_GGUF_PACKAGES = ("gguf", "accelerate")
+# Methods that transformers runs or dequantises on any device, and the packages that it asks for.
+_RUNNABLE: Mapping[str, Sequence[str]] = {"bitsandbytes": ("bitsandbytes", "accelerate"), "fp8": ("accelerate",)}
 
 
 def check_model_kind(location: Location, role: str) -> None:
@@ -29,26 +37,75 @@ def check_model_kind(location: Location, role: str) -> None:
         role: what to call it in messages ("host", "unaligned model").
 
     Raises:
-        HostError: it is quantised, an encoder-decoder model or there as GGUF only, or its config cannot be read.
+        HostError: it is quantised by a method that is not run, an encoder-decoder model or a part of a GGUF file, its
+            config cannot be read, or a package that reads it is not installed.
     """
     name = f"the {role} {printable(location.given)}"
-    if files := gguf_files(location.folder):
-        raise HostError(f"{name} has its weights only as GGUF: {some(files, 2)}", "Give the model as safetensors.")
-    path = location.folder / CONFIG_NAME
-    config = parse_json_object(read_bytes(path, HostError), path, HostError) if path.exists() else {}
-    if (method := quantization(location.folder, config)) is not None:
-        raise HostError(
-            f"{name} is quantised ({printable(method, 40)})", "Give the full-precision model that it was made from."
-        )
+    if location.gguf is not None:
+        _check_gguf(name, location.gguf)
+        return
+    config = _config(location.folder)
+    if (packages := _RUNNABLE.get(_runnable_method(config))) is not None:
+        _check_packages(f"{name} is quantised", packages, "quantised")
+    elif (method := quantization(location.folder, config)) is not None:
+        raise _quantised(name, method)
     if config.get("is_encoder_decoder") is True:
         raise HostError(f"{name} is an encoder-decoder model", "csulora repairs adapters of decoder-only models.")
 
 
-def gguf_files(folder: Path) -> list[str]:
-    """The names of the GGUF files of a folder that has no safetensors, sorted; empty if it has."""
-    if any(is_regular(folder / name) for name in (SINGLE_NAME, INDEX_NAME)):
-        return []
-    return sorted(path.name for path in folder.glob("*.gguf") if is_regular(path))
+def _check_gguf(name: str, file: str) -> None:
+    if _GGUF_PART.search(file):
+        raise HostError(
+            f"{name} is one part of a GGUF file that was split: {printable(file)}",
+            "Join its parts first: llama-gguf-split --merge FIRST-PART OUT.gguf",
+        )
+    _check_packages(f"{name} is a GGUF file", _GGUF_PACKAGES, "gguf")
+
+
+def _check_packages(what: str, packages: Sequence[str], extra: str) -> None:
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise HostError(
+            f"{what}, and the Python package {missing[0]} that reads it is not installed",
+            f"Run: pip install 'csulora[{extra}]'",
+        )
+
+
+def _quantised(name: str, method: str) -> HostError:
+    return HostError(
+        f"{name} is quantised ({printable(method, 40)})", "Give the full-precision model that it was made from."
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    return parse_json_object(read_bytes(path, HostError), path, HostError) if path.exists() else {}
+
+
+def is_plain(location: Location) -> bool:
+    """Whether nothing says that the weights on disk have other names, shapes or values than those in memory."""
+    return location.gguf is None and quantization(location.folder, _config(location.folder)) is None
+
+
+def check_plain(location: Location, role: str) -> None:
+    """Refuse rounded weights for the weights source: the displacement would hold their rounding errors.
+
+    Raises:
+        HostError: it is a GGUF file, or quantised.
+    """
+    if location.gguf is not None:
+        raise HostError(
+            f"the {role} {printable(location.given)} is a GGUF file: the weights source would take its rounding for "
+            "alignment",
+            "Give both models as safetensors, or leave --unaligned out: the prompts source takes GGUF hosts.",
+        )
+    if (method := quantization(location.folder, _config(location.folder))) is not None:
+        raise _quantised(f"the {role} {printable(location.given)}", method)
+
+
+def _runnable_method(config: Mapping[str, Any]) -> str:
+    """The method that the config as a whole names; empty if it names none."""
+    own = config.get("quantization_config")
+    return _method(own) if isinstance(own, dict) else ""
 
 
 def quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -69,7 +126,11 @@ def _described(own: Any) -> str:
     """Method and bits, as far as the description has them."""
     if not isinstance(own, dict):
         return "by an unknown method"
-    is_bitsandbytes = any(own.get(f"load_in_{bits}bit") for bits in (4, 8))
-    method = own.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "by an unknown method")
+    method = _method(own) or "by an unknown method"
     bits = own.get("bits") or next((bits for bits in (4, 8) if own.get(f"load_in_{bits}bit")), None)
     return f"{method}, {bits} bits" if bits else str(method)
+
+
+def _method(own: Mapping[str, Any]) -> str:
+    is_bitsandbytes = any(own.get(f"load_in_{bits}bit") for bits in (4, 8))
+    return str(own.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else ""))

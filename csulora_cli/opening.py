@@ -19,7 +19,15 @@ from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError, InputError, ResourceError, UsageError
 from csulora_cli.files import check_new_file, sha256_of
 from csulora_cli.formats.structure import Structure, structure_of
-from csulora_cli.locate import CODE_FILES, MODEL_FILES, RUN_FILES, Location, files_matching, locate, public_name
+from csulora_cli.locate import (
+    CODE_FILES,
+    MODEL_FILES,
+    RUN_FILES,
+    Location,
+    files_matching,
+    locate_model,
+    public_name,
+)
 from csulora_cli.report import InputRecord
 from csulora_cli.text import printable
 
@@ -96,12 +104,12 @@ def locate_host(adapter: Adapter, base: str | None, files: Sequence[str], progre
         if named is None:
             raise UsageError("the adapter does not name its base model", "Add --base MODEL.")
         try:
-            return locate(named, files)
+            return locate_model(named, files, "host")
         except InputError as problem:
             raise HostError(
                 f"the base model that the adapter names cannot be used: {problem.message}", "Add --base MODEL."
             ) from None
-    host = locate(base, files)
+    host = locate_model(base, files, "host")
     if named is not None and named not in (base, host.repo_id) and Path(named).name != host.name:
         progress.warn(
             f"the adapter names {printable(public_name(named))} as its base; going on with {printable(host.label)}"
@@ -144,6 +152,9 @@ def _bound(adapter: Adapter, host: Host, structure: Structure) -> Adapter:
 
 def model_record(location: Location, role: str, *, is_run: bool, trust_remote_code: bool) -> InputRecord:
     """Name, commit and hashes of a model: config and weights, and what shapes prompts and answers where it is run."""
+    if location.gguf is not None:
+        file = location.folder / location.gguf
+        return InputRecord(location.label, location.commit, {file.name: sha256_of(file)})
     files = [location.folder / CONFIG_NAME, *weight_files(location.folder, role)]
     if is_run:
         files += files_matching(location.folder, RUN_FILES)

@@ -30,6 +30,12 @@ One line says what is wrong, one what to do; nothing is written. Damaged files a
 `tests/test_adapter.py`.
 """
 
+_LOADED = """## Hosts that are not plain safetensors
+
+Of the prompts source, `eval` and `compare`. The same adapter on each host: the error is that of the adapter as csulora
+runs it, against PEFT on the same host.
+"""
+
 _HOSTS = """## Hosts that are refused
 
 By `fix`, `eval` and `compare`, before anything is loaded.
@@ -52,15 +58,17 @@ def render(
     rows: Sequence[Row],
     spellings: Mapping[str, Sequence[str]],
     refusals: Mapping[str, str],
+    loaded: Mapping[str, float],
     hosts: Mapping[str, str],
 ) -> str:
-    """The whole file; refusals and refused hosts with what the message says."""
+    """The whole file; other hosts with their errors, refusals and refused hosts with what the message says."""
     parts = [_HEAD, f"## Repaired: {len(rows)} variants\n"]
     for group in dict.fromkeys(row.group for row in rows):
         own = [row for row in rows if row.group == group]
         parts += [f"### {group}\n", _table(("variant", "carried", "rewritten", "read", "written"), map(_cells, own))]
     parts += [_SPELLINGS, _table(("spelling", "rewritten"), ((name, _join(how)) for name, how in spellings.items()))]
     parts += [_OTHER, _table(("kind", "the message says"), refusals.items())]
+    parts += [_LOADED, _table(("host", "read"), ((name, bound(error)) for name, error in loaded.items()))]
     parts += [_HOSTS, _table(("host", "the message says"), hosts.items())]
     return "\n".join(parts)
 

@@ -34,11 +34,8 @@ def quantised(message: str, **description: Any) -> RefusedHost:
 
 
 REFUSED_HOSTS = {
-    "bitsandbytes, 4 bits": quantised("bitsandbytes, 4 bits", quant_method="bitsandbytes", load_in_4bit=True),
-    "bitsandbytes, 8 bits": quantised("bitsandbytes, 8 bits", load_in_8bit=True, load_in_4bit=False),
     "GPTQ": quantised("gptq, 4 bits", quant_method="gptq", bits=4, group_size=128),
     "AWQ": quantised("awq, 4 bits", quant_method="awq", bits=4, version="gemm"),
-    "FP8": quantised("fp8", quant_method="fp8", weight_block_size=[128, 128]),
     "compressed-tensors": quantised("compressed-tensors", quant_method="compressed-tensors", format="pack-quantized"),
     "MXFP4": quantised("mxfp4", quant_method="mxfp4"),
     "a method that is not named": quantised("by an unknown method", group_size=64),
@@ -54,6 +51,13 @@ REFUSED_HOSTS = {
     "GPTQ, told by a file": RefusedHost("is quantised (gptq)", files={"quantize_config.json": b'{"bits": 4}'}),
     "AWQ, told by a file": RefusedHost("is quantised (awq)", files={"quant_config.json": b'{"w_bit": 4}'}),
     "ModelOpt, told by a file": RefusedHost("is quantised (modelopt)", files={"hf_quant_config.json": b"{}"}),
-    "GGUF only": RefusedHost("has its weights only as GGUF: model-q4.gguf", files={"model-q4.gguf": b"GGUF"}),
+    "several GGUF files": RefusedHost(
+        "has 2 GGUF files and no safetensors: model-q4.gguf, model-q8.gguf",
+        files={"model-q8.gguf": b"GGUF", "model-q4.gguf": b"GGUF"},
+    ),
+    "a part of a GGUF file": RefusedHost(
+        "is one part of a GGUF file that was split: model-00001-of-00003.gguf",
+        files={"model-00001-of-00003.gguf": b"GGUF"},
+    ),
     "encoder-decoder": RefusedHost("is an encoder-decoder model", {"is_encoder_decoder": True}),
 }

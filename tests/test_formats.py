@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_adapter
 from formats_doc import Row, render
+from other_hosts import OTHER_HOSTS
 from refused_hosts import REFUSED_HOSTS
 from safetensors.torch import load_file
 from test_spelling import WILD, written
@@ -169,8 +170,31 @@ def test_a_kind_that_is_not_repaired_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def on_other_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
+    """`on_other_host(name)`: the error of an adapter on a host that is not plain safetensors."""
+
+    @cache
+    def measure(name: str) -> float:
+        folder = tmp_path_factory.mktemp("host")
+        other = OTHER_HOSTS[name](folder)
+        adapter = make_adapter(other.reference, folder / "adapter")
+        host = load_host(other.location, CPU, "auto", trust_remote_code=False)
+        return gap(adapted_logits(host, adapter), peft_logits(other.reference, adapter), logits(host.model))
+
+    return measure
+
+
+@pytest.mark.parametrize("name", OTHER_HOSTS)
+def test_another_host_runs_the_adapter_as_peft_does(name: str, on_other_host: Callable[[str], float]) -> None:
+    assert on_other_host(name) < 2e-5
+
+
 def test_documentation_says_what_was_measured(
-    measured: Callable[[str], Measured], request: pytest.FixtureRequest, plain_conversions: dict[str, Sequence[str]]
+    measured: Callable[[str], Measured],
+    request: pytest.FixtureRequest,
+    plain_conversions: dict[str, Sequence[str]],
+    on_other_host: Callable[[str], float],
 ) -> None:
     rows = []
     for name, variant in GOOD.items():
@@ -180,7 +204,9 @@ def test_documentation_says_what_was_measured(
         conversions = found.report.conversions
         rows.append(Row(name, variant.group, carried, conversions, found.read_error, found.written_error))
     refusals = {name: kind.message for name, kind in REFUSED.items()}
-    text = render(rows, plain_conversions, refusals, {name: host.message for name, host in REFUSED_HOSTS.items()})
+    loaded = {name: on_other_host(name) for name in OTHER_HOSTS}
+    hosts = {name: host.message for name, host in REFUSED_HOSTS.items()}
+    text = render(rows, plain_conversions, refusals, loaded, hosts)
     path = Path(__file__).parents[1] / "docs" / "formats.md"
     if request.config.getoption("--write-docs"):
         path.parent.mkdir(exist_ok=True)
@@ -196,7 +222,7 @@ def plain_conversions(hosts: Callable[..., Path], tmp_path_factory: pytest.TempP
     """How each wild spelling is rewritten."""
     folder = tmp_path_factory.mktemp("spellings")
     plain = make_adapter(hosts("llama"), folder / "plain", target_modules=QV)
-    structure = read_structure(hosts("llama"), "host", trust_remote_code=False)
+    structure = read_structure(Location("host", hosts("llama")), trust_remote_code=False)
     return {
         name: bind(read_adapter(written(plain, folder / str(index), wild)), structure).conversions
         for index, (name, wild) in enumerate(WILD.items())

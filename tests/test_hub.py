@@ -12,8 +12,8 @@ import pytest
 
 from csulora_cli.adapter import read_adapter
 from csulora_cli.api import fix_adapter
-from csulora_cli.errors import HubError, InputError, UsageError
-from csulora_cli.locate import ADAPTER_FILES, MODEL_FILES, locate
+from csulora_cli.errors import HostError, HubError, InputError, UsageError
+from csulora_cli.locate import ADAPTER_FILES, MODEL_FILES, locate, locate_model
 from csulora_cli.settings import FixSettings
 
 COMMIT, OLDER = "c0ffee" + "0" * 34, "decade" + "1" * 34
@@ -311,6 +311,56 @@ def test_what_the_hub_refuses_is_a_hub_error(
     assert "\x1b" not in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.exit_code == 4
+
+
+def published(folder: Path, *names: str) -> Path:
+    """A repository of small files."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def test_a_repository_of_one_gguf_file_is_that_model(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["org/gguf"] = published(tmp_path / "published", "tiny.gguf", "README.md", "config.json")
+    found = locate_model("org/gguf", MODEL_FILES, "host")
+    assert (found.repo_id, found.commit, found.gguf, found.label) == ("org/gguf", COMMIT, "tiny.gguf", "org/gguf")
+    assert (found.folder / "tiny.gguf").read_bytes() == b"tiny.gguf"
+    assert locate_model(f"org/gguf@{COMMIT}", MODEL_FILES, "host").folder == found.folder
+    monkeypatch.setattr(f"{CONSTANTS}.HF_HUB_OFFLINE", True)
+    assert locate_model("org/gguf", MODEL_FILES, "host") == found
+
+
+def test_of_several_gguf_files_only_the_named_one_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["org/gguf"] = published(tmp_path / "published", "q4.gguf", "q8.gguf", "config.json")
+    with pytest.raises(HostError, match=r"the host org/gguf has 2 GGUF files and no safetensors: q4") as caught:
+        locate_model("org/gguf", MODEL_FILES, "host")
+    assert caught.value.hint == "Name one of them: org/gguf/q4.gguf"
+    for given in ("org/gguf/q8.gguf", "org/gguf/q8.gguf@main"):
+        found = locate_model(given, MODEL_FILES, "host")
+        assert (found.given, found.repo_id, found.commit, found.gguf) == (given, "org/gguf", COMMIT, "q8.gguf")
+    assert "q4.gguf" not in hub.fetched
+    with pytest.raises(HubError, match=r"org/gguf/q5\.gguf is not in its repository"):
+        locate_model("org/gguf/q5.gguf", MODEL_FILES, "host")
+
+
+def test_gguf_files_beside_safetensors_are_not_fetched(hub: Hub, hosts: Callable[..., Path], tmp_path: Path) -> None:
+    hub.repositories["org/both"] = folder = published(tmp_path / "published", "q4.gguf")
+    for file in hosts("llama").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert locate_model("org/both", MODEL_FILES, "host").gguf is None
+    assert "q4.gguf" not in hub.fetched
+
+
+def test_a_listing_that_fails_is_a_hub_error(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["org/gguf"] = published(tmp_path / "published", "q4.gguf", "config.json")
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise RuntimeError("the line is cut \x1b[31m")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", fail)
+    with pytest.raises(HubError, match=r"cannot list the files of org/gguf: the line is cut \\x1b"):
+        locate_model("org/gguf", MODEL_FILES, "host")
 
 
 def test_a_repository_without_an_adapter_is_noticed(hub: Hub, hosts: Callable[..., Path], tmp_path: Path) -> None:

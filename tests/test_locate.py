@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from csulora_cli.errors import InputError, UsageError
-from csulora_cli.locate import MODEL_FILES, locate, public_name
+from csulora_cli.locate import ADAPTER_FILES, MODEL_FILES, files_of, locate, locate_model, public_name
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +75,31 @@ def test_a_public_name_is_no_path(name: str, public: str) -> None:
     assert public_name(name) == public
 
 
-def test_a_gguf_file_does_not_stand_for_the_folder_that_it_lies_in(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
+def test_a_gguf_file_does_not_stand_for_the_adapter_that_it_lies_beside(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"model\.gguf is a GGUF file") as caught:
-        locate(str(tmp_path / "model.gguf"), MODEL_FILES)
+        locate(str(tmp_path / "model.gguf"), ADAPTER_FILES)
     assert "safetensors" in caught.value.hint
+
+
+def test_a_gguf_file_is_a_model_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    found = locate_model("tiny.gguf", MODEL_FILES, "host")
+    assert (found.folder, found.gguf, found.name, found.label) == (Path("."), "tiny.gguf", "tiny", "tiny")
+    assert files_of(found, MODEL_FILES) == [Path("tiny.gguf")]
+
+
+def test_a_folder_is_a_gguf_file_only_without_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "tiny.gguf").write_bytes(b"GGUF")
+    assert locate_model("here", MODEL_FILES, "host").gguf == "tiny.gguf"
+    (tmp_path / "here" / "model.safetensors.index.json").write_bytes(b"{}")
+    assert locate_model("here", MODEL_FILES, "host").gguf is None
+
+
+@pytest.mark.parametrize("given", ["~no-such-user/x.gguf", "a\0b.gguf", "./no.gguf", "a b/c d.gguf"])
+def test_a_gguf_file_that_is_not_there_is_neither(given: str) -> None:
+    with pytest.raises(InputError, match="is neither a folder nor a Hub id"):
+        locate_model(given, MODEL_FILES, "host")

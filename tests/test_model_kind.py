@@ -87,8 +87,3 @@ def test_plain_models_pass(hosts: Callable[..., Path], tmp_path: Path) -> None:
     check_model_kind(Location("host", hosts("llama")), "host")
     own = RefusedHost("", {"quantization_config": None, "is_encoder_decoder": False}).write(tmp_path / "host")
     check_model_kind(Location("host", own), "host")
-
-
-def test_a_gguf_file_beside_safetensors_does_no_harm(tmp_path: Path) -> None:
-    files = {"model.safetensors": b"", "model.gguf": b"GGUF"}
-    check_model_kind(Location("host", RefusedHost("", files=files).write(tmp_path / "host")), "host")

@@ -19,6 +19,7 @@ from csulora_cli.engine import behaviour, prompts_source
 from csulora_cli.errors import InputError
 from csulora_cli.formats.spelling import canonical_keys
 from csulora_cli.formats.structure import Structure, read_structure
+from csulora_cli.locate import Location
 from csulora_cli.settings import FixSettings
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -176,7 +177,7 @@ def test_what_no_rule_maps_is_refused(
 
 
 def test_a_spelling_that_fits_two_places_is_refused(plain: Path, hosts: Callable[..., Path], tmp_path: Path) -> None:
-    one = read_structure(hosts("llama"), "host", trust_remote_code=False).modules
+    one = read_structure(Location("host", hosts("llama")), trust_remote_code=False).modules
     both = {prefix + name.removeprefix("model."): module for name, module in one.items()
             for prefix in ("model.", "language_model.model.")}  # fmt: skip
     wild = Wild(_inside("model.layers", "language_model.layers"))

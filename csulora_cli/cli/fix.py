@@ -243,6 +243,9 @@ def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:
         adapter, unaligned = console.word(settings.adapter), console.word(settings.unaligned or "")
         out = f" --out {folder}" if settings.out else ""
         return f"csulora fix {adapter} --base {base} --unaligned {unaligned} --strength auto{out} --overwrite"
+    # Servers of GGUF files take an adapter that was converted for them.
+    if any(name.endswith(".gguf") for name in report.inputs["host"].sha256):
+        return f"csulora eval {console.word(settings.adapter)} {folder} --base {base}"
     if report.library == "mlx":
         return f"mlx_lm.generate --model {base} --adapter-path {folder} --prompt 'Hello'"
     rank = max(module.rank for module in report.modules)

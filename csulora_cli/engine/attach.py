@@ -20,7 +20,7 @@ from csulora_cli.adapter import Adapter
 from csulora_cli.errors import HostError
 from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.site import Kind, Place, Site
-from csulora_cli.formats.structure import structure_of
+from csulora_cli.formats.structure import is_packed, structure_of
 from csulora_cli.text import printable
 
 
@@ -351,12 +351,26 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def weight_of(model: nn.Module, place: Place) -> Tensor:
-    """The weight of a site in a loaded model, as (out, in) in float32."""
+    """The weight of a site in a loaded model, as (out, in) in float32.
+
+    Raises:
+        HostError: no such module, or its weight is packed.
+    """
     module = submodule(model, place.module)
+    _check_not_packed(module, place.weight)
     weight = module.get_parameter(place.parameter).detach().float()
     weight = weight if place.expert is None else weight[place.expert]
     is_swapped = place.is_transposed or place.kind is Kind.EMBEDDING or type(module).__name__ == "Conv1D"
     return weight.mT if is_swapped else weight.flatten(1)
+
+
+def _check_not_packed(module: nn.Module, name: str) -> None:
+    """Refuse a weight that a quantised layer keeps in another form than numbers (out, in)."""
+    if is_packed(module):
+        raise HostError(
+            f"the adapter needs or replaces '{printable(name)}', which is quantised in the host",
+            "Give the full-precision model that it was made from.",
+        )
 
 
 def is_copy(model: nn.Module, entry: Carried) -> bool:
@@ -384,6 +398,7 @@ def _carrying(model: nn.Module, carried: Sequence[Carried]) -> Iterator[None]:
             for weight in (entry.weight, *others):
                 module, _, name = weight.rpartition(".")
                 owner = model.get_submodule(module)
+                _check_not_packed(owner, weight)
                 former = owner.get_parameter(name)
                 value = entry.tensor.to(former.device, former.dtype)
                 if entry.rows is not None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import takewhile
+from logging import ERROR, getLogger
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from csulora_cli.engine.memory import BatchSize, is_out_of_memory
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
+from csulora_cli.pretrained import check_decoder_only, pretrained
 from csulora_cli.text import printable, some
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
@@ -33,6 +35,7 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own bars and notes out of our output."""
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel(ERROR)  # it tells of a cast at every product
     level = logging.get_verbosity()
     had_bar = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -387,7 +390,7 @@ def load_host(
     """Load the host (or a causal language model in another role) through transformers, without any adapter.
 
     Args:
-        location: its folder.
+        location: its folder or GGUF file.
         device: where to run it.
         dtype: auto (as stored; float32 in the place of float16 on the CPU), float32, bfloat16 or float16.
         trust_remote_code: let the host's own code run.
@@ -398,16 +401,16 @@ def load_host(
     """
     import transformers
 
-    folder = str(location.folder)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder, **options)
+        with quiet_transformers(), pretrained(location, trust_remote_code) as source:
+            config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
+            _dequantise_fp8(config)
             wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
             model, found = model_class(config).from_pretrained(
-                folder, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
-            )
+                source.name, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True,
+                **source.options, **source.model_options,
+            )  # fmt: skip
     except Exception as problem:  # transformers and the host's own code raise anything
         if is_out_of_memory(problem):
             raise
@@ -415,10 +418,18 @@ def load_host(
         if "trust_remote_code" in str(problem):
             hint = "It brings its own code: read it, then add --trust-remote-code."
         raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(problem)}", hint) from None
+    check_decoder_only(location, config, role)
     check_complete(found, location, role)
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
     model.generation_config = _stops_only(model.generation_config)
     return Host(model.to(device).eval(), tokenizer, device, bool(tokenizer.chat_template))
+
+
+def _dequantise_fp8(config: Any) -> None:
+    """Let transformers dequantise FP8 weights everywhere, as it does on its own where no kernel runs them."""
+    own = getattr(config, "quantization_config", None)
+    if isinstance(own, dict) and own.get("quant_method") == "fp8":
+        own["dequantize"] = True
 
 
 def check_complete(found: Mapping[str, Any], location: Location, role: str) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from csulora_cli.errors import HostError
+from csulora_cli.locate import Location
+from csulora_cli.pretrained import check_decoder_only, pretrained
 from csulora_cli.text import printable
 
 
@@ -75,13 +76,24 @@ def _describe(module: nn.Module) -> HostModule:
         layer = "embedding"
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         layer = "convolution"
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    if isinstance(module, nn.Linear):
+        shapes["weight"] = (module.out_features, module.in_features)  # also where the weight is packed
     return HostModule(
         type(module).__name__,
         layer,
-        {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)},
+        shapes,
         bool(getattr(module, "is_transposed", False)),
         _irregularity(module) if layer == "convolution" else None,
     )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight in another form than numbers (out, in), as quantised ones do."""
+    if not isinstance(module, nn.Linear):
+        return False
+    is_whole = module.weight.shape == (module.out_features, module.in_features)
+    return not is_whole or not module.weight.is_floating_point()
 
 
 def _irregularity(module: Any) -> str | None:
@@ -92,12 +104,11 @@ def _irregularity(module: Any) -> str | None:
     return None if module.padding_mode == "zeros" else f"padding mode {module.padding_mode}"
 
 
-def read_structure(folder: Path, given: str, trust_remote_code: bool) -> Structure:
-    """The structure of the model in a folder, built from its config on the meta device: no weights, no memory.
+def read_structure(location: Location, trust_remote_code: bool) -> Structure:
+    """The structure of a host, built from its config on the meta device: no weights, no memory.
 
     Args:
-        folder: the model.
-        given: what to call it in messages.
+        location: of the host.
         trust_remote_code: let its own code run.
 
     Raises:
@@ -105,16 +116,17 @@ def read_structure(folder: Path, given: str, trust_remote_code: bool) -> Structu
     """
     import transformers
 
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, **options)
+        with pretrained(location, trust_remote_code) as source:
+            config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
         with torch.device("meta"):
-            model = model_class(config).from_config(config, **options)
+            model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as problem:  # transformers and the host's own code raise anything
         raise HostError(
-            f"cannot tell what modules {printable(given)} has: {printable(problem)}",
+            f"cannot tell what modules {printable(location.given)} has: {printable(problem)}",
             "Check that transformers can load it.",
         ) from None
+    check_decoder_only(location, config, "host")
     return structure_of(model)
 
 

@@ -1,0 +1,142 @@
+"""Quantised hosts: the repair keeps what it promises, and what needs a weight as numbers is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+from conftest import make_adapter
+from quantised_host import BITSANDBYTES, FP8, write_quantised_host
+from test_formats import CPU, adapted_logits, gap, logits, peft_logits
+
+from csulora_cli import model_kind
+from csulora_cli.api import fix_adapter
+from csulora_cli.engine import behaviour, prompts_source
+from csulora_cli.engine.host import load_host
+from csulora_cli.errors import HostError
+from csulora_cli.evaluation import evaluate_adapters
+from csulora_cli.locate import Location
+from csulora_cli.report import FixReport
+from csulora_cli.settings import EvalSettings, FixSettings
+
+NF4, INT8, BLOCKS = "bitsandbytes, NF4", "bitsandbytes, 8 bits", "FP8, one scale a block"
+
+
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(behaviour, "ANSWER_TOKENS", 1)
+    monkeypatch.setattr(prompts_source, "PROTECTED_TOKENS", 3)
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`quantised(NF4)` is the folder of such a host; the full-precision one lies beside it."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = write_quantised_host(name, tmp_path_factory.mktemp("host"))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def fix(quantised: Callable[[str], Path], prompts: Path, tmp_path: Path) -> Callable[..., tuple[Path, Path, FixReport]]:
+    """`fix(NF4, adapter options, settings)`: the adapter, what was written, and the report."""
+
+    def run(name: str, made: dict[str, Any] | None = None, **settings: Any) -> tuple[Path, Path, FixReport]:
+        host = quantised(name)
+        adapter = make_adapter(host.parent / "plain", tmp_path / "adapter", **(made or {}))
+        own = settings if "unaligned" in settings else {"prompts": prompts, "strength": 3.0, **settings}
+        return adapter, tmp_path / "out", fix_adapter(
+            FixSettings(str(adapter), base=str(host), out=tmp_path / "out", **own)
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("name", [*BITSANDBYTES, *FP8])
+def test_what_is_written_runs_in_peft_as_csulora_says(
+    name: str, fix: Callable[..., tuple[Path, Path, FixReport]], quantised: Callable[[str], Path]
+) -> None:
+    _, out, report = fix(name)
+    host = load_host(Location("host", quantised(name)), CPU, "auto", trust_remote_code=False)
+    plain = logits(host.model)
+    assert gap(adapted_logits(host, out), peft_logits(quantised(name), out), plain) < 2e-5
+    assert report.moved > 0
+    exact = logits(oracle.load(quantised(name).parent / "plain"))
+    assert 1e-3 < float((plain - exact).norm() / exact.norm()) < 0.5  # it is the quantised model that ran
+
+
+def test_the_update_on_an_fp8_host_is_the_dense_one(
+    fix: Callable[..., tuple[Path, Path, FixReport]], quantised: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    adapter, out, _ = fix(BLOCKS)
+    model = oracle.load(quantised(BLOCKS))
+    plain = type(model)(oracle.load(quantised(BLOCKS).parent / "plain").config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "dense" / name).write_bytes((quantised(BLOCKS) / name).read_bytes())
+    wanted = oracle.fade_on_prompts(tmp_path / "dense", adapter, prompts, 3.0, 1.0, 3)
+    for name, update in oracle.merged_updates(tmp_path / "dense", out).items():
+        assert oracle.relative_gap(update, wanted[name]) < 1e-4
+
+
+def test_eval_takes_a_quantised_host(
+    quantised: Callable[[str], Path], prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(quantised(INT8).parent / "plain", tmp_path / "adapter")
+    report = evaluate_adapters(EvalSettings((str(adapter),), str(quantised(INT8)), prompts=prompts))
+    assert len(report.models) == 2
+    assert "MatMul8bitLt" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", [NF4, BLOCKS])
+def test_the_weights_source_refuses_rounded_weights(
+    name: str, fix: Callable[..., Any], quantised: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(HostError, match="the host .* is quantised"):  # noqa: RUF043
+        fix(name, unaligned=str(quantised(name).parent / "plain"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]},
+    ],
+    ids=["DoRA", "PiSSA", "a layer as a whole"],
+)
+@pytest.mark.parametrize("name", [NF4, INT8])
+def test_what_needs_a_packed_weight_is_refused(
+    name: str, made: dict[str, Any], fix: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(HostError, match="which is quantised in the host"):
+        fix(name, made)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(fix: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_kind, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(HostError, match="quantised, and the Python package bitsandbytes that reads it") as caught:
+        fix(NF4)
+    assert caught.value.hint == "Run: pip install 'csulora[quantised]'"
+
+
+def test_an_adapter_of_another_model_is_refused_before_the_weights_are_read(
+    quantised: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("csulora_cli.opening.load_host", lambda *_: pytest.fail("the host was loaded"))
+    with pytest.raises(HostError, match=r"of the host is \(64, 128\)"):
+        fix_adapter(
+            FixSettings(str(adapters("llama")), base=str(quantised(NF4)), out=tmp_path / "out", prompts=prompts)
+        )
