@@ -51,7 +51,7 @@ REPAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the adapter's o
 }
 TOKENS = [[1, 72, 104, 260, 270, 261], [1, 285, 5, 181], [1, 100, 101, 262, 280, 281, 279, 263]]
 COUNT = 4  # tokens of an answer
-ERROR = 5e-4  # all three compute in float32; the largest difference seen is 1.2e-4, of numbers up to 20
+ERROR = 5e-4  # all compute in float32; the largest difference seen is 1.2e-4
 
 
 @dataclass(frozen=True)
