@@ -23,7 +23,7 @@ from csulora_cli.formats.dialect import MLX, PEFT, Dialect, dialect_of
 from csulora_cli.formats.magnitude import gain_of
 from csulora_cli.formats.site import Kind, Site
 from csulora_cli.formats.structure import Structure
-from csulora_cli.formats.targets import Target, describe_sites, tied
+from csulora_cli.formats.targets import Target, describe_sites
 from csulora_cli.patterns import time_limit
 from csulora_cli.tensorfile import read_tensor_file
 from csulora_cli.text import printable, some
@@ -101,7 +101,7 @@ class Adapter:
             for target in self.targets
             for key in (target.key_a, target.key_b, target.key_bias, target.key_magnitude)
         }
-        if any(not target.sites for target in self.targets):
+        if self.config.get("ensure_weight_tying") or any(not target.sites for target in self.targets):
             return True
         return not known.issuperset(self.tensors) or any(t.layout.kind is not Kind.LINEAR for t in self.targets)
 
@@ -169,13 +169,13 @@ def bind(adapter: Adapter, structure: Structure) -> Adapter:
     """
     if any(target.module not in structure.modules for target in adapter.targets):
         adapter = _with(adapter, adapter.dialect.respell(adapter.content, structure))
-    bound = replace(
+    if adapter.config.get("ensure_weight_tying"):
+        adapter = _with(adapter, adapter.dialect.untie(adapter.content, structure))
+    return replace(
         adapter,
         targets=adapter.dialect.find_targets(adapter.config, adapter.tensors, structure),
         carried=adapter.dialect.find_carried(adapter.config, adapter.tensors, structure),
     )
-    _check_not_tied(bound, structure)
-    return bound
 
 
 def with_weights(adapter: Adapter, structure: Structure, weight_of: Callable[[Site], Tensor]) -> Adapter:
@@ -220,13 +220,6 @@ def _with(adapter: Adapter, content: Content) -> Adapter:
         carried=(),
         conversions=content.conversions,
     )
-
-
-def _check_not_tied(adapter: Adapter, structure: Structure) -> None:
-    weights = {site.place.weight for site in adapter.sites}
-    shared = sorted(weight for weight in weights if weights.intersection(structure.ties.get(weight, ())))
-    if adapter.config.get("ensure_weight_tying") and shared:
-        raise tied(shared)
 
 
 def describe(adapter: Adapter) -> str:

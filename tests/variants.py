@@ -102,6 +102,17 @@ _TIED = {
     "tied output layer": {"target_modules": ["lm_head", "v_proj"]},
     "ensure_weight_tying without either": {"target_modules": QV, "ensure_weight_tying": True},
 }
+_KEPT_EQUAL = {
+    "kept equal": {"target_modules": ["embed_tokens", "q_proj"]},
+    "kept equal, by the output layer": {"target_modules": ["lm_head"]},
+    "kept equal, by regex": {"target_modules": r".*(embed_tokens|q_proj)"},
+    "kept equal, one layer": {"target_modules": ["embed_tokens", "q_proj"], "layers_to_transform": [1]},
+    "kept equal, rsLoRA, own rank": {
+        "target_modules": ["embed_tokens"], "use_rslora": True, "rank_pattern": {"embed_tokens": 7},
+    },
+    "kept equal, own alpha": {"target_modules": ["embed_tokens"], "alpha_pattern": {"lm_head": 3}},
+    "kept equal, bfloat16": {"target_modules": ["embed_tokens"], "dtype": torch.bfloat16},
+}  # fmt: skip
 _CONVOLUTIONS = {
     "convolution": {"target_modules": ["mix"]},
     "convolution, rsLoRA": {"target_modules": ["mix"], "use_rslora": True, "r": 3},
@@ -154,6 +165,19 @@ _ROUTERS = {
     "gpt-oss": {"router": {"target_parameters": ["mlp.router.weight"]}},
 }
 
+
+
+def changing(change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    """Puts other tensors in the place of those of a saved adapter, by their names, or leaves them out."""
+
+    def rewrite(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        changed = {key: change(key, tensor) for key, tensor in load_file(path).items()}
+        save_file({key: tensor for key, tensor in changed.items() if tensor is not None}, path)
+
+    return rewrite
+
+
 GOOD: dict[str, Variant] = {
     **_variants("Linear layers: which", "llama", _SELECTION),
     **_variants("Linear layers: rank and scale", "llama", _SCALES, target_modules=QV),
@@ -178,6 +202,12 @@ GOOD: dict[str, Variant] = {
     }),
     **_variants("Embeddings and output layers", "llama", _EMBEDDINGS),
     **_variants("Embeddings and output layers", "llama-tied", _TIED),
+    **_variants("Embeddings and output layers", "llama-tied", _KEPT_EQUAL, ensure_weight_tying=True),
+    "kept equal, but different in the file (llama-tied)": Variant(
+        "Embeddings and output layers", "llama-tied",
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        changing(lambda key, tensor: tensor * 3 if "lm_head.lora" in key else tensor),
+    ),
     **_variants("Embeddings and output layers", "gemma3", {"scaled embedding": {"target_modules": ["embed_tokens"]}}),
     **_variants("Convolutions", "convolution", _CONVOLUTIONS),
     **_variants("Parameters", "mixtral", _PARAMETERS, target_modules=[]),
@@ -249,8 +279,9 @@ REFUSED: dict[str, Refused] = {
     ),
     "DoRA on an embedding": Refused("DoRA", options={"target_modules": ["embed_tokens"], "use_dora": True}),
     "DoRA on a convolution": Refused("DoRA", "convolution", {"target_modules": ["mix"], "use_dora": True}),
-    "tied embedding and output layer, kept equal": Refused(
-        "ties the updates", "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    "tied output layer, excluded": Refused(
+        "exclude_modules", "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        config={"exclude_modules": ["lm_head"]},
     ),
     "convolution with groups": Refused("groups", "convolution", {"target_modules": ["depthwise"], "r": 32}),
     "updates of a vision tower": Refused("never run on a text prompt", "llava"),

@@ -181,7 +181,8 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
         return not config.get("target_parameters")
     if isinstance(targets, str):
         return targets == "all-linear" or matches_whole(targets, module, "target_modules")
-    return has_suffix(module, targets) and _in_layers(config, module)
+    # A module's whole name holds in every layer.
+    return module in targets or (has_suffix(module, targets) and _in_layers(config, module))
 
 
 def _in_layers(config: Mapping[str, Any], module: str) -> bool:

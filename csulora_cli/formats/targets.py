@@ -36,7 +36,7 @@ class Target:
         key_bias: the name of the bias of `lora_bias`, or None.
         key_magnitude: the name of the magnitudes of DoRA, or None.
         magnitude: those magnitudes, (out,), as stored.
-        sites: what the solver sees; empty as long as only the host can tell (a parameter).
+        sites: what the solver sees; empty as long as only the host can tell (a parameter, the end of a tie).
     """
 
     module: str
@@ -103,8 +103,13 @@ def _target(
         check_values(group.module, letter, tensor)
     is_targeted = fields.is_targeted(config, group.module)
     is_parameter = not is_targeted and fields.may_own_parameters(config, group.module)
-    if not is_targeted and not is_parameter:
-        _check_tie(config, group.module, structure)
+    # The other end of a shared weight need not be targeted; which one that is only the host can tell.
+    may_be_tied = structure is None and bool(config.get("ensure_weight_tying"))
+    if not is_targeted and not is_parameter and not may_be_tied:
+        raise AdapterError(
+            f"{CONFIG_NAME} does not target '{printable(group.module)}', which the weights hold an update of",
+            "PEFT would ignore these tensors: correct target_modules, or remove them.",
+        )
     layout = layout_of(group.names[Role.FACTOR_A].suffix, lora_a.ndim, is_parameter)
     if group.names[Role.FACTOR_B].suffix != layout.suffixes[1]:
         raise AdapterError(f"{printable(key_a)} and {printable(key_b)} are factors of different layers")
@@ -114,6 +119,8 @@ def _target(
     bias = _bias(group, tensors, unbound)
     if Role.MAGNITUDE in group.names:
         unbound = _with_magnitude(group, tensors, unbound)
+    if not is_targeted and not is_parameter:
+        return unbound
     if not is_parameter:
         place = Place(group.module, layout.kind)
         target = _with_sites(config, unbound, group.module, [place])
@@ -125,27 +132,6 @@ def _target(
     if structure is None:
         return unbound
     return _bind_parameter(config, unbound, group, groups, structure)
-
-
-def _check_tie(config: Mapping[str, Any], module: str, structure: Structure | None) -> None:
-    """A module that the config does not target may be adapted as the other end of a shared weight."""
-    may_be_tied = bool(config.get("ensure_weight_tying"))
-    if may_be_tied and structure is None:
-        return
-    if may_be_tied and structure is not None and f"{module}.weight" in structure.ties:
-        raise tied([f"{module}.weight"])
-    raise AdapterError(
-        f"{CONFIG_NAME} does not target '{printable(module)}', which the weights hold an update of",
-        "PEFT would ignore these tensors: correct target_modules, or remove them.",
-    )
-
-
-def tied(weights: list[str]) -> UnsupportedError:
-    """One update in two places: PEFT keeps them equal, but what must fade on their two inputs differs."""
-    return UnsupportedError(
-        f"the adapter ties the updates of {some(weights)} (ensure_weight_tying)",
-        "No closest update stays tied: csulora repairs such updates only when they were trained apart.",
-    )
 
 
 def _check_roles(group: Group) -> None:
