@@ -5,7 +5,7 @@ Also matches adapted sites to weights, by name. Checkpoints differ from module n
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +140,7 @@ def match_weights(
     sites: Iterable[Site],
     checkpoint: Checkpoint,
     fan_in_fan_out: bool = False,
-    ties: Mapping[str, Sequence[str]] | None = None,
+    names_of: Callable[[str], Sequence[str]] | None = None,
 ) -> dict[str, WeightMatch]:
     """Find the weight of every adapted site by name, and check its shape.
 
@@ -148,17 +148,18 @@ def match_weights(
         sites: of the adapter.
         checkpoint: an open one.
         fan_in_fan_out: what the adapter says of square weights that nothing else tells about.
-        ties: other names of shared weights, of which a checkpoint holds one.
+        names_of: the names under one of which a checkpoint has a weight (`Structure.stored_names`); None: its own.
 
     Raises:
         HostError: some site has no weight of its name, or one of another shape; the message shows both sides.
     """
     sites = list(sites)
-    to_disk = common_renaming([site.place.weight for site in sites], checkpoint)
-    found = {}
-    for site in sites:
-        names = (site.place.weight, *(ties or {}).get(site.place.weight, ()))
-        found[site.name] = next((to_disk(name) for name in names if to_disk(name) in checkpoint.tensors), None)
+    names = {site.name: names_of(site.place.weight) if names_of else (site.place.weight,) for site in sites}
+    to_disk = common_renaming([own[0] for own in names.values()], checkpoint)
+    found = {
+        site: next((to_disk(name) for name in own if to_disk(name) in checkpoint.tensors), None)
+        for site, own in names.items()
+    }
     if missing := [name for name, weight in found.items() if weight is None]:
         raise _no_weights(missing, len(sites), checkpoint)
     matches = {site.name: _match(site, checkpoint, str(found[site.name])) for site in sites}

@@ -52,7 +52,9 @@ class Fitting:
         """The host's modules, from its config unless the host is already loaded."""
         if self._structure is None:
             check_model_kind(self._host_at, "host")
-            self._structure = read_structure(self._host_at.folder, self._host_at.given, self._trust_remote_code)
+            self._structure = read_structure(
+                self._host_at.folder, self._host_at.given, self._trust_remote_code, self.adapter.replication
+            )
         return self._structure
 
     def _bind(self, structure: Structure) -> None:
@@ -82,9 +84,9 @@ class Fitting:
             if self._structure is None and not self._is_named_as_on_disk(checkpoint):
                 self._bind(self.structure)
             if self._structure is None or self._unaligned_at is not None:
-                ties = None if self._structure is None else self._structure.ties
                 is_swapped = bool(self.adapter.config.get("fan_in_fan_out"))
-                self.matched.append((checkpoint, match_weights(self.adapter.sites, checkpoint, is_swapped, ties)))
+                names_of = None if self._structure is None else self._structure.stored_names
+                self.matched.append((checkpoint, match_weights(self.adapter.sites, checkpoint, is_swapped, names_of)))
 
     def _is_named_as_on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether names alone tell which weights are meant; else only the model in memory does, where there is one.
@@ -117,8 +119,9 @@ class Fitting:
         Raises:
             HostError: it cannot be loaded, or does not fit the adapter.
         """
-        self.host, _ = open_host(self._host_at, [], device, dtype, self._trust_remote_code, progress)
-        self._bind(structure_of(self.host.model))
+        replication = self.adapter.replication
+        self.host, _ = open_host(self._host_at, [], device, dtype, self._trust_remote_code, progress, replication)
+        self._bind(structure_of(self.host.model, self.host.repeats))
         return self.host
 
     def settle(self, mode: DoraMode, progress: Progress) -> tuple[CarriedRecord, ...]:
@@ -153,8 +156,7 @@ class Fitting:
     def _is_copy(self, entry: Carried) -> bool:
         if self.host is not None:
             return is_copy(self.host.model, entry)
-        names = (str(entry.weight), *self.structure.ties.get(str(entry.weight), ()))
-        return holds_weight(self.matched[0][0], names, entry)
+        return holds_weight(self.matched[0][0], self.structure.stored_names(str(entry.weight)), entry)
 
     def reopened(self, folder: Path) -> Adapter:
         """What was written, read and fitted like the adapter."""

@@ -24,6 +24,7 @@ from csulora_cli.engine import behaviour, effects, prompts_source
 from csulora_cli.engine.attach import Update, weight_of
 from csulora_cli.engine.host import Host, load_host
 from csulora_cli.errors import HostError, InputError, UnsupportedError
+from csulora_cli.formats.replication import grow
 from csulora_cli.formats.structure import read_structure, structure_of
 from csulora_cli.locate import Location
 from csulora_cli.report import FixReport
@@ -118,8 +119,11 @@ def adapted_logits(host: Host, folder: Path) -> Tensor:
 
 
 def bound(host: Host, folder: Path) -> Adapter:
-    structure = structure_of(host.model)
-    found = bind(read_adapter(folder), structure)
+    adapter = read_adapter(folder)
+    if adapter.replication and not host.repeats:
+        host.repeats = grow(host.model, adapter.replication)
+    structure = structure_of(host.model, host.repeats)
+    found = bind(adapter, structure)
     return with_weights(found, structure, lambda site: weight_of(host.model, site.place))
 
 
@@ -241,6 +245,7 @@ WEIGHTS_SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA": ("llama", {"target_modules": QV, "use_dora": True}),
     "VeLoRA": ("llama", {"target_modules": QV, "velora_config": VELORA}),
     "MonteCLoRA": ("llama", {"target_modules": QV, "monteclora_config": MONTECLORA}),
+    "layers repeated": ("llama", {"target_modules": QV, "layer_replication": [[0, 2], [1, 2], [0, 1]]}),
     "pissa": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa"}),
 }
 GEOMETRIES: dict[str, dict[str, Any]] = {

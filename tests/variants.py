@@ -133,6 +133,13 @@ _PARAMETERS = {
         "target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 6}, "alpha_pattern": {"gate_up_proj": 3},
     },
 }  # fmt: skip
+_REPEATED = {
+    "layers repeated": {"layer_replication": [[0, 2], [1, 2], [0, 1]]},
+    "layers repeated, in parts": {"layer_replication": [[0, 2], [0, 2]], "layers_to_transform": [1, 2]},
+    "fewer layers": {"layer_replication": [[1, 2]]},
+    "layers repeated, DoRA": {"layer_replication": [[0, 2], [1, 2]], "use_dora": True},
+    "layers repeated, norms": {"layer_replication": [[0, 2], [1, 2]], "modules_to_save": ["norm"]},
+}
 _CARRIED = {
     "modules_to_save, output layer": {"modules_to_save": ["lm_head"]},
     "modules_to_save, embedding": {"modules_to_save": ["embed_tokens"]},
@@ -217,6 +224,10 @@ GOOD: dict[str, Variant] = {
     }, target_modules=[]),
     **{name: variant for host, cases in _ROUTERS.items()
        for name, variant in _variants("Parameters", host, cases, target_modules=[]).items()},
+    **_variants("Repeated layers", "llama", _REPEATED, target_modules=QV),
+    **_variants("Repeated layers", "mixtral", {"layers repeated, experts": {
+        "target_modules": [], "target_parameters": EXPERTS, "layer_replication": [[0, 2], [1, 2]],
+    }}),
     **_variants("DoRA", "llama", _DORA, target_modules=QV, use_dora=True),
     **_variants("DoRA", "qwen2", {"DoRA beside biases": {"target_modules": QV, "use_dora": True}}),
     **_variants("DoRA", "gpt2", {"DoRA on Conv1D": {"target_modules": ["c_attn", "c_fc"], "use_dora": True}}),
@@ -267,7 +278,16 @@ REFUSED: dict[str, Refused] = {
     "KaSA": Refused("KaSA", config={"kasa_config": {"beta": 1e-4}}),
     "KaSA, by its tensors": Refused("KaSA", rename=lambda key: key.replace("lora_A.weight", "lora_diag")),
     "QALoRA": Refused("QALoRA", config={"use_qalora": True, "qalora_group_size": 16}),
-    "layer replication": Refused("layer replication", config={"layer_replication": [[0, 2], [1, 2]]}),
+    "repeated layers that the host lacks": Refused("the host has 2 layers", config={"layer_replication": [[0, 3]]}),
+    "repeated layers, no ranges": Refused("layer_replication", config={"layer_replication": [[0, -1]]}),
+    "repeated layers of types": Refused("gives each layer a type", "qwen2", config={"layer_replication": [[0, 2]]}),
+    "repeated layers where PEFT finds none": Refused(
+        "no list of layers", "gpt2", {"target_modules": ["c_attn"]}, config={"layer_replication": [[0, 2]]}
+    ),
+    "repeated layers and init pissa": Refused(
+        "repeats layers", options={"target_modules": QV, "init_lora_weights": "pissa"},
+        config={"layer_replication": [[0, 2]]},
+    ),
     "Megatron": Refused("Megatron", config={"megatron_config": {"hidden_size": 8}}),
     "init corda": Refused("modified base", config={"init_lora_weights": "corda"}),
     "init loftq": Refused("modified base", config={"init_lora_weights": "loftq"}),

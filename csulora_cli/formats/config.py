@@ -20,7 +20,6 @@ EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 
 # Fields of LoraConfig (PEFT 0.21) with which the update is no plain low-rank one, and the name that users know them by.
 REFUSED_FIELDS = {
-    "layer_replication": "layer replication",
     "use_qalora": "QALoRA",
     "kasa_config": "KaSA",
     "arrow_config": "Arrow routing",
@@ -31,7 +30,7 @@ REFUSED_FIELDS = {
 KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config",
     "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout",
     "lora_ga_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version",
     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
     "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_rslora", "velora_config",

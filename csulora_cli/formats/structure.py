@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from csulora_cli.errors import HostError
+from csulora_cli.formats.replication import Repeats, Replication, grow
 from csulora_cli.text import printable
 
 
@@ -43,10 +44,17 @@ class Structure:
     Attributes:
         modules: by name, in the order of the host.
         ties: the other names of a weight that several modules share, by each of its names.
+        repeats: which of its layers are repeated, or None.
     """
 
     modules: Mapping[str, HostModule]
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    repeats: Repeats | None = None
+
+    def stored_names(self, weight: str) -> tuple[str, ...]:
+        """The names under one of which a checkpoint has a parameter."""
+        names = (weight, *self.ties.get(weight, ()))
+        return tuple(dict.fromkeys(map(self.repeats.stored, names))) if self.repeats else names
 
     def shape(self, weight: str) -> tuple[int, ...] | None:
         """The shape of a parameter by its whole name; None if there is none."""
@@ -55,8 +63,8 @@ class Structure:
         return found.shapes.get(parameter) if found else None
 
 
-def structure_of(model: nn.Module) -> Structure:
-    """The structure of a model in memory or on the meta device."""
+def structure_of(model: nn.Module, repeats: Repeats | None = None) -> Structure:
+    """The structure of a model in memory or on the meta device, with what `grow` said of it."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -64,6 +72,7 @@ def structure_of(model: nn.Module) -> Structure:
     return Structure(
         {name: _describe(module) for name, module in model.named_modules()},
         {name: others for name, others in ties.items() if others},
+        repeats,
     )
 
 
@@ -92,16 +101,19 @@ def _irregularity(module: Any) -> str | None:
     return None if module.padding_mode == "zeros" else f"padding mode {module.padding_mode}"
 
 
-def read_structure(folder: Path, given: str, trust_remote_code: bool) -> Structure:
+def read_structure(
+    folder: Path, given: str, trust_remote_code: bool, replication: Replication | None = None
+) -> Structure:
     """The structure of the model in a folder, built from its config on the meta device: no weights, no memory.
 
     Args:
         folder: the model.
         given: what to call it in messages.
         trust_remote_code: let its own code run.
+        replication: which of its layers are repeated.
 
     Raises:
-        HostError: transformers does not know such a model.
+        HostError: transformers does not know such a model, or its layers cannot be repeated so.
     """
     import transformers
 
@@ -115,7 +127,7 @@ def read_structure(folder: Path, given: str, trust_remote_code: bool) -> Structu
             f"cannot tell what modules {printable(given)} has: {printable(problem)}",
             "Check that transformers can load it.",
         ) from None
-    return structure_of(model)
+    return structure_of(model, grow(model, replication))
 
 
 def model_class(config: Any) -> Any:
