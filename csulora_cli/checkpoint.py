@@ -1,7 +1,8 @@
 """A model's safetensors, sharded or not, as named tensors on disk: headers first, values one tensor at a time.
 
-Also matches adapted sites to weights, by name. Checkpoints differ from module names by a leading prefix at most
-(`transformer.h.0…` in memory, `h.0…` on disk), so one prefix must explain all modules, and shapes must fit.
+Also matches adapted sites to weights, by name. What transformers stores in another form is converted as it does when
+it loads a model. Beyond that, names differ from those of modules by a leading prefix at most (`transformer.h.0…` in
+memory, `h.0…` on disk), so one prefix must explain all modules, and shapes must fit.
 """
 
 import math
@@ -20,6 +21,7 @@ from csulora_cli.errors import HostError
 from csulora_cli.files import is_regular, read_json_object
 from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.site import Kind, Site
+from csulora_cli.formats.stored import Recipe, StoredForm
 from csulora_cli.text import printable, some
 
 SINGLE_NAME = "model.safetensors"
@@ -47,6 +49,8 @@ class Checkpoint:
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
+        self._files: dict[str, Path] = {}
+        self._recipes: dict[str, Recipe] = {}
 
     def __enter__(self) -> "Checkpoint":
         try:
@@ -69,6 +73,7 @@ class Checkpoint:
             self._open[file] = handle
             for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = handle.get_slice(name)
+                self._files[name] = file
                 self.tensors[name] = StoredTensor(file, tuple(view.get_shape()), str(view.get_dtype()))
         except (SafetensorError, OSError) as problem:
             raise HostError(
@@ -76,9 +81,32 @@ class Checkpoint:
                 "Download the model again.",
             ) from None
 
+    def convert(self, form: StoredForm) -> None:
+        """Also give the parameters that transformers would make of what is stored, under the names of the model.
+
+        Raises:
+            HostError: the tensors of one do not fit together.
+        """
+        stored = dict(self.tensors)
+
+        def outline(name: str, _part: int | None) -> Tensor:
+            return torch.empty(stored[name].shape, device="meta")
+
+        for recipe in form.recipes(stored):
+            own = [stored[name] for name in recipe.names]
+            coarsest = min((tensor.dtype for tensor in own), key=lambda dtype: PRECISION.get(dtype, 0))
+            shape = tuple(recipe.make(outline).shape)
+            self.tensors[recipe.parameter] = StoredTensor(own[0].file, shape, coarsest)
+            self._recipes[recipe.parameter] = recipe
+
     def read(self, name: str, part: int | None = None) -> Tensor:
         """One tensor, or one part of it along its first dimension, in its stored dtype, on the CPU."""
-        handle = self._open[self.tensors[name].file]
+        if name in self._recipes:
+            return self._recipes[name].make(self._read_stored, part)
+        return self._read_stored(name, part)
+
+    def _read_stored(self, name: str, part: int | None) -> Tensor:
+        handle = self._open[self._files[name]]
         tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         return tensor
 

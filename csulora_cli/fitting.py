@@ -76,17 +76,23 @@ class Fitting:
         """
         if self.adapter.needs_structure:
             self._bind(self.structure)
+        checkpoints = []
         for location, role in ((self._host_at, "host"), (self._unaligned_at, "unaligned model")):
-            if location is None:
-                continue
-            check_model_kind(location, role)
-            checkpoint = stack.enter_context(Checkpoint(location.folder, role))
-            if self._structure is None and not self._is_named_as_on_disk(checkpoint):
-                self._bind(self.structure)
-            if self._structure is None or self._unaligned_at is not None:
-                is_swapped = bool(self.adapter.config.get("fan_in_fan_out"))
-                names_of = None if self._structure is None else self._structure.stored_names
-                self.matched.append((checkpoint, match_weights(self.adapter.sites, checkpoint, is_swapped, names_of)))
+            if location is not None:
+                check_model_kind(location, role)
+                checkpoints.append(stack.enter_context(Checkpoint(location.folder, role)))
+        if self._structure is None and not all(map(self._is_named_as_on_disk, checkpoints)):
+            self._bind(self.structure)
+        if self._structure is None or self._unaligned_at is not None:
+            self.matched = [(checkpoint, self._match(checkpoint)) for checkpoint in checkpoints]
+
+    def _match(self, checkpoint: Checkpoint) -> dict[str, WeightMatch]:
+        is_swapped = bool(self.adapter.config.get("fan_in_fan_out"))
+        if self._structure is None:
+            return match_weights(self.adapter.sites, checkpoint, is_swapped)
+        if self._structure.stored is not None:
+            checkpoint.convert(self._structure.stored)
+        return match_weights(self.adapter.sites, checkpoint, is_swapped, self._structure.stored_names)
 
     def _is_named_as_on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether names alone tell which weights are meant; else only the model in memory does, where there is one.

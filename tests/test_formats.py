@@ -20,10 +20,11 @@ from variants import EXPERTS, GOOD, MONTECLORA, QV, REFUSED, VELORA, Variant, ch
 
 from csulora_cli.adapter import Adapter, bind, read_adapter, with_weights
 from csulora_cli.api import fix_adapter
+from csulora_cli.checkpoint import Checkpoint
 from csulora_cli.engine import behaviour, effects, prompts_source
 from csulora_cli.engine.attach import Update, weight_of
 from csulora_cli.engine.host import Host, load_host
-from csulora_cli.errors import HostError, InputError, UnsupportedError
+from csulora_cli.errors import InputError, UnsupportedError
 from csulora_cli.formats.replication import grow
 from csulora_cli.formats.structure import read_structure, structure_of
 from csulora_cli.locate import Location
@@ -240,6 +241,14 @@ WEIGHTS_SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
     "tied output layer": ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
     "convolution": ("convolution", {"target_modules": ["mix", "out"]}),
     "experts in one tensor": ("gpt-oss", {"target_modules": [], "target_parameters": EXPERTS}),
+    "experts one by one": ("mixtral", {"target_modules": QV, "target_parameters": EXPERTS}),
+    "experts one by one, other names": ("qwen3-moe", {"target_modules": [], "target_parameters": EXPERTS}),
+    "layers repeated, experts one by one": (
+        "mixtral",
+        {"target_modules": [], "target_parameters": EXPERTS[:1], "layer_replication": [[1, 2], [0, 2]]},
+    ),
+    "vision-language": ("llava", {"target_modules": r".*language_model.*\.(q_proj|down_proj)"}),
+    "vision-language, embedding and output layer": ("llava", {"target_modules": ["embed_tokens", "lm_head"]}),
     "router": ("gpt-oss", {"target_modules": [], "target_parameters": ["mlp.router.weight"]}),
     "LoRA biases": ("qwen2", {"target_modules": QV, "lora_bias": True}),
     "DoRA": ("llama", {"target_modules": QV, "use_dora": True}),
@@ -270,12 +279,34 @@ def test_the_weights_source_repairs_every_layout(
     assert gap(adapted_logits(host, out), peft_logits(hosts(kind), out), logits(host.model)) < 2e-5
 
 
-def test_experts_that_lie_apart_on_disk_are_refused_by_the_weights_source(
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "llava", "gemma3", "gpt2"])
+def test_a_checkpoint_gives_every_parameter_as_transformers_loads_it(kind: str, hosts: Callable[..., Path]) -> None:
+    loaded = oracle.load(hosts(kind)).state_dict()
+    structure = read_structure(hosts(kind), "host", trust_remote_code=False)
+    assert structure.stored is not None
+    with Checkpoint(hosts(kind), "host") as checkpoint:
+        checkpoint.convert(structure.stored)
+        missing = loaded.keys() - checkpoint.tensors.keys()
+        assert all(set(structure.stored_names(name)) & checkpoint.tensors.keys() for name in missing)
+        for name in loaded.keys() - missing:
+            assert checkpoint.tensors[name].shape == loaded[name].shape
+            assert torch.equal(checkpoint.read(name), loaded[name]), name
+            assert torch.equal(checkpoint.read(name, 1), loaded[name][1]), name
+
+
+def test_the_keep_out_update_of_experts_stored_apart_is_the_dense_one(
     fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
 ) -> None:
-    made = {"target_modules": [], "target_parameters": EXPERTS}
-    with pytest.raises(HostError, match=r"0 of 16 adapted .* exist in the host"):
-        fix("mixtral", made, unaligned=str(hosts("mixtral", seed=7)))
+    made = {"target_modules": [], "target_parameters": EXPERTS[:1]}
+    adapter, out, _ = fix("mixtral", made, unaligned=str(hosts("mixtral", seed=7)), strength=3.0)
+    host = load_host(Location("host", hosts("mixtral")), CPU, "float32", trust_remote_code=False)
+    before, after = ({site.name: site for site in bound(host, folder).sites} for folder in (adapter, out))
+    weights = [oracle.load(hosts("mixtral", **options)).state_dict() for options in ({}, {"seed": 7})]
+    for name, site in before.items():
+        own, other = (state[site.place.weight][site.place.expert].double() for state in weights)
+        update = site.scale * site.lora_b.double() @ site.lora_a.double()
+        found = after[name].scale * after[name].lora_b.double() @ after[name].lora_a.double()
+        assert oracle.relative_gap(found, oracle.keep_out(update, own - other, 3.0, 0.9, None)) < 1e-5
 
 
 def test_the_keep_out_update_of_an_embedding_is_the_dense_one(

@@ -173,7 +173,6 @@ _ROUTERS = {
 }
 
 
-
 def changing(change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
     """Puts other tensors in the place of those of a saved adapter, by their names, or leaves them out."""
 

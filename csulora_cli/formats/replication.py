@@ -131,7 +131,7 @@ def _copy_of(layer: nn.Module, index: int) -> nn.Module:
     copied = copy.deepcopy(layer, {id(shared): shared for shared in (*layer.parameters(), *settings)})
     for module in copied.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = index
+            setattr(module, "layer_idx", index)  # noqa: B010 (torch types every attribute of a module as a module)
     return copied
 
 

@@ -1,7 +1,7 @@
 """What modules and parameters a host has: names, kinds and shapes, without any weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from csulora_cli.errors import HostError
 from csulora_cli.formats.replication import Repeats, Replication, grow
+from csulora_cli.formats.stored import StoredForm
 from csulora_cli.text import printable
 
 
@@ -45,11 +46,13 @@ class Structure:
         modules: by name, in the order of the host.
         ties: the other names of a weight that several modules share, by each of its names.
         repeats: which of its layers are repeated, or None.
+        stored: how its parameters are stored; None if only the model in memory is known.
     """
 
     modules: Mapping[str, HostModule]
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     repeats: Repeats | None = None
+    stored: StoredForm | None = None
 
     def stored_names(self, weight: str) -> tuple[str, ...]:
         """The names under one of which a checkpoint has a parameter."""
@@ -127,7 +130,8 @@ def read_structure(
             f"cannot tell what modules {printable(given)} has: {printable(problem)}",
             "Check that transformers can load it.",
         ) from None
-    return structure_of(model, grow(model, replication))
+    stored = StoredForm(model)  # before layers are repeated, which no file knows of
+    return replace(structure_of(model, grow(model, replication)), stored=stored)
 
 
 def model_class(config: Any) -> Any:
