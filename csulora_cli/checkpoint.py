@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from csulora_cli.errors import HostError
+from csulora_cli.errors import HostError, UnsupportedError
 from csulora_cli.files import is_regular, read_json_object
 from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.site import Kind, Site
@@ -218,6 +218,12 @@ def _match(site: Site, checkpoint: Checkpoint, name: str) -> WeightMatch:
         if shape not in (wanted, wanted[::-1]):
             raise _other_shape(site, checkpoint, name)
         return WeightMatch(name, None if shape[0] == shape[1] else shape != wanted)
+    if place.groups > 1:
+        raise UnsupportedError(
+            f"'{printable(site.name)}' is a convolution of {place.groups} groups, whose weight reads other inputs than "
+            "its update",
+            "The weights source cannot repair it; leave --unaligned out.",
+        )
     is_transposed = place.is_transposed or place.kind is Kind.EMBEDDING
     matrix = shape if place.expert is None else shape[1:]
     flat = (matrix[0], math.prod(matrix[1:])) if matrix else ()

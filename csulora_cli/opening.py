@@ -137,7 +137,7 @@ def open_host(
     progress.stage("host")
     host = load_host(location, device, dtype, trust_remote_code)
     host.batch_size.warn = progress.warn
-    replication = replication or _common_replication(adapters)
+    replication = replication or common_replication([adapter.replication for adapter in adapters])
     host.repeats = grow(host.model, replication)
     if replication is not None:
         progress.warn(
@@ -151,9 +151,13 @@ def open_host(
     return host, bound
 
 
-def _common_replication(adapters: Sequence[Adapter]) -> Replication | None:
-    """Which layers all adapters repeat."""
-    found = {adapter.replication for adapter in adapters}
+def common_replication(replications: Sequence[Replication | None]) -> Replication | None:
+    """Which layers all adapters repeat that run on one host.
+
+    Raises:
+        UnsupportedError: they do not agree.
+    """
+    found = set(replications)
     if len(found) > 1:
         raise UnsupportedError(
             "the adapters repeat different layers of the host (layer_replication)", "Give each of them on its own."

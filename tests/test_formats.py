@@ -25,6 +25,7 @@ from csulora_cli.engine import behaviour, effects, prompts_source
 from csulora_cli.engine.attach import Update, weight_of
 from csulora_cli.engine.host import Host, load_host
 from csulora_cli.errors import InputError, UnsupportedError
+from csulora_cli.formats.layouts import KERNEL
 from csulora_cli.formats.replication import grow
 from csulora_cli.formats.structure import read_structure, structure_of
 from csulora_cli.locate import Location
@@ -292,6 +293,44 @@ def test_a_checkpoint_gives_every_parameter_as_transformers_loads_it(kind: str, 
             assert checkpoint.tensors[name].shape == loaded[name].shape
             assert torch.equal(checkpoint.read(name), loaded[name]), name
             assert torch.equal(checkpoint.read(name, 1), loaded[name][1]), name
+
+
+def test_the_weights_source_repairs_a_convolution_over_images(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+) -> None:
+    made = {"target_modules": ["patch_embedding"]}
+    adapter, out, _ = fix("llava", made, unaligned=str(hosts("llava", seed=7)), strength=3.0)
+    name = "model.vision_tower.embeddings.patch_embedding"
+    before, found = (kernel_update(hosts("llava"), folder, name) for folder in (adapter, out))
+    own, other = (
+        oracle.load(hosts("llava", **options)).get_submodule(name).weight.detach().double().flatten(1)
+        for options in ({}, {"seed": 7})
+    )
+    assert oracle.relative_gap(found, oracle.keep_out(before, own - other, 3.0, 0.9, None)) < 1e-5
+
+
+def kernel_update(host: Path, adapter: Path, name: str) -> Tensor:
+    """PEFT's update of the kernel of a convolution, flattened to (out, in·kernel)."""
+    update: Tensor = oracle.with_adapter(host, adapter).base_model.model.get_submodule(name).get_delta_weight("default")
+    return update.detach().double().flatten(1)
+
+
+def test_a_convolution_with_groups_is_refused_by_the_weights_source(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+) -> None:
+    with pytest.raises(UnsupportedError, match="a convolution of 4 groups"):
+        fix("convolution", {"target_modules": ["grouped"]}, unaligned=str(hosts("convolution", seed=7)))
+
+
+def test_a_convolution_with_groups_takes_no_other_b() -> None:
+    shapes = torch.Size([4, 6, 3]), torch.Size([8, 2, 1])
+    lora_b = torch.block_diag(torch.ones(4, 2), torch.ones(4, 2))
+    _, packed = KERNEL.pack([(torch.ones(4, 18), lora_b)], *shapes)
+    assert torch.equal(packed, torch.ones(8, 2, 1))
+    with pytest.raises(UnsupportedError, match="has no place for it"):
+        KERNEL.pack([(torch.ones(4, 18), lora_b + 1)], *shapes)
+    with pytest.raises(UnsupportedError, match="has no place for it"):
+        KERNEL.pack([(torch.ones(5, 18), torch.nn.functional.pad(lora_b, (0, 1)))], *shapes)
 
 
 def test_the_keep_out_update_of_experts_stored_apart_is_the_dense_one(

@@ -121,6 +121,10 @@ _CONVOLUTIONS = {
     },
     "convolution, linear and embedding": {"target_modules": ["mix", "out", "embed"]},
     "convolution with a LoRA bias": {"target_modules": ["mix"], "lora_bias": True},
+    "depthwise convolution": {"target_modules": ["depthwise"], "r": 32},
+    "convolution with groups": {"target_modules": ["grouped", "mix"], "rank_pattern": {"grouped": 8}},
+    "convolution with groups and a LoRA bias": {"target_modules": ["grouped"], "lora_bias": True, "use_rslora": True},
+    "convolution that pads with its edges": {"target_modules": ["edges"]},
 }  # fmt: skip
 _PARAMETERS = {
     "experts, first parameter": {"target_parameters": EXPERTS[:1]},
@@ -288,10 +292,12 @@ REFUSED: dict[str, Refused] = {
         config={"layer_replication": [[0, 2]]},
     ),
     "Megatron": Refused("Megatron", config={"megatron_config": {"hidden_size": 8}}),
-    "init corda": Refused("modified base", config={"init_lora_weights": "corda"}),
-    "init loftq": Refused("modified base", config={"init_lora_weights": "loftq"}),
-    "init lora_ga": Refused("modified base", config={"init_lora_weights": "lora_ga"}),
-    "init pissa_niter": Refused("modified base", config={"init_lora_weights": "pissa_niter_4"}),
+    "init corda": Refused('base: init_lora_weights = "corda"', config={"init_lora_weights": "corda"}),
+    "init loftq": Refused('base: init_lora_weights = "loftq"', config={"init_lora_weights": "loftq"}),
+    "init lora_ga": Refused('base: init_lora_weights = "lora_ga"', config={"init_lora_weights": "lora_ga"}),
+    "init pissa_niter": Refused(
+        'base: init_lora_weights = "pissa_niter_4"', config={"init_lora_weights": "pissa_niter_4"}
+    ),
     "init pissa, scale below zero": Refused("scale of -2", config={"init_lora_weights": "pissa", "lora_alpha": -8}),
     "init pissa on an embedding": Refused(
         "no linear layer", options={"target_modules": ["embed_tokens"]}, config={"init_lora_weights": "pissa"}
@@ -302,7 +308,11 @@ REFUSED: dict[str, Refused] = {
         "exclude_modules", "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
         config={"exclude_modules": ["lm_head"]},
     ),
-    "convolution with groups": Refused("groups", "convolution", {"target_modules": ["depthwise"], "r": 32}),
+    "convolution with dilation": Refused("dilation", "convolution", {"target_modules": ["wide"]}),
+    "convolution of other groups": Refused(
+        "a convolution of 4 groups", "convolution", {"target_modules": ["mix"]},
+        rename=lambda key: key.replace("mix", "grouped"), config={"target_modules": ["grouped"]},
+    ),
     "updates of a vision tower": Refused("never run on a text prompt", "llava"),
     "other kinds of PEFT": Refused('not "LORA"', config={"peft_type": "LOHA"}),
     "a field of a newer PEFT that is on": Refused("unknown field use_new_idea", config={"use_new_idea": True}),

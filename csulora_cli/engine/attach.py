@@ -421,6 +421,9 @@ def _updated_parameter(parameter: Tensor, entries: Sequence[tuple[Place, Factors
     return updated
 
 
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
 def _update_hook(
     place: Place, factors: Factors, device: torch.device
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
@@ -437,8 +440,10 @@ def _update_hook(
         return update * getattr(module, "embed_scale", 1.0)  # some embeddings scale what they give
 
     def on_convolution(module: Any, inputs: Tensor) -> Tensor:
-        kernel = lora_a.reshape(-1, *module.weight.shape[1:])
-        inner = module._conv_forward(inputs.to(torch.float32), kernel, None)
+        # Zeros around the input, no gaps in the kernel and no groups in A, whatever the layer itself has.
+        kernel = lora_a.reshape(len(lora_a), module.in_channels, *module.kernel_size)
+        padded = functional.pad(inputs.to(torch.float32), module._reversed_padding_repeated_twice)
+        inner = _CONVOLUTIONS[len(module.kernel_size)](padded, kernel, stride=module.stride)
         update = torch.einsum("or,nr...->no...", lora_b, inner)
         return update if bias is None else update + bias.reshape(-1, *[1] * (update.ndim - 2))
 

@@ -23,14 +23,17 @@ class HostModule:
         layer: which of torch's layers it is ("linear", "embedding", "convolution"), or None.
         shapes: its own parameters in the order of their definition, with their shapes.
         is_transposed: the module says that it stores its experts as (experts, in, out).
-        irregular: what makes a convolution differ from the one that PEFT runs beside it, or None.
+        has_gaps: a convolution of which PEFT runs another one beside it, without the gaps in its kernel, so
+            that the outputs do not fit together.
+        groups: of a convolution; 1 for any other layer.
     """
 
     kind: str
     layer: str | None
     shapes: Mapping[str, tuple[int, ...]]
     is_transposed: bool
-    irregular: str | None
+    has_gaps: bool
+    groups: int
 
     @property
     def is_conv1d(self) -> bool:
@@ -92,16 +95,13 @@ def _describe(module: nn.Module) -> HostModule:
         layer,
         {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)},
         bool(getattr(module, "is_transposed", False)),
-        _irregularity(module) if layer == "convolution" else None,
+        layer == "convolution" and _has_gaps(module),
+        int(getattr(module, "groups", 1)) if layer == "convolution" else 1,
     )
 
 
-def _irregularity(module: Any) -> str | None:
-    if module.groups > 1:
-        return f"{module.groups} groups"
-    if set(module.dilation) != {1}:
-        return "dilation"
-    return None if module.padding_mode == "zeros" else f"padding mode {module.padding_mode}"
+def _has_gaps(module: Any) -> bool:
+    return any(size > 1 and step > 1 for size, step in zip(module.kernel_size, module.dilation, strict=True))
 
 
 def read_structure(

@@ -10,7 +10,7 @@ from torch import Tensor
 from csulora_cli.errors import AdapterError, HostError, UnsupportedError
 from csulora_cli.formats import config as fields
 from csulora_cli.formats.config import CONFIG_NAME, UNSUPPORTED_HINT
-from csulora_cli.formats.layouts import KERNEL, Layout, layout_of
+from csulora_cli.formats.layouts import Layout, groups_of, layout_of
 from csulora_cli.formats.names import PREFIX, Group, Name, Role, group_names, parse_name
 from csulora_cli.formats.site import Kind, Place, Site
 from csulora_cli.formats.structure import Structure
@@ -123,6 +123,8 @@ def _target(
         return unbound
     if not is_parameter:
         place = Place(group.module, layout.kind)
+        if layout.kind is Kind.CONVOLUTION:
+            place = replace(place, groups=groups_of(lora_a, lora_b))
         target = _with_sites(config, unbound, group.module, [place])
         if bias is not None:
             target = replace(target, sites=(replace(target.sites[0], bias=bias),), key_bias=group.names[Role.BIAS].key)
@@ -221,11 +223,6 @@ def _with_magnitude(group: Group, tensors: Mapping[str, Tensor], target: Target)
 def _with_sites(config: Mapping[str, Any], target: Target, name: str, places: Sequence[Place]) -> Target:
     """The target with one site a place; `name` is what PEFT's patterns see."""
     rank = fields.rank_of(config, name)
-    if target.layout is KERNEL and target.lora_b.shape[1] < rank == target.lora_a.shape[0]:
-        raise UnsupportedError(
-            f"'{printable(name)}' is a convolution with groups, for which PEFT has no update of the kernel",
-            UNSUPPORTED_HINT,
-        )
     if not target.layout.fits(target.lora_a, target.lora_b, rank):
         raise AdapterError(
             f"module '{printable(name)}' should have rank {rank} by {CONFIG_NAME}, but lora_A is "
@@ -287,16 +284,22 @@ def _check_module(target: Target, structure: Structure) -> None:
             f"update of {kind} layers",
             _OTHER_HOST,
         )
-    if module.irregular:
+    if module.has_gaps:
         raise UnsupportedError(
-            f"'{printable(target.module)}' is a convolution with {module.irregular}, where PEFT's update of the output "
-            "is not that of the kernel",
+            f"'{printable(target.module)}' is a convolution with dilation, beside which PEFT cannot run an update",
             UNSUPPORTED_HINT,
+        )
+    groups = target.sites[0].place.groups
+    if groups != module.groups:
+        raise HostError(
+            f"'{printable(target.module)}' of the host is a convolution of {module.groups} groups, but the adapter "
+            f"holds an update of {groups}",
+            _OTHER_HOST,
         )
     out_features, in_features = target.lora_b.shape[0], target.lora_a.shape[1]
     kernel = tuple(target.lora_a.shape[2:])
     is_swapped = kind is Kind.EMBEDDING or module.is_conv1d
-    expected = (in_features, out_features) if is_swapped else (out_features, in_features, *kernel)
+    expected = (in_features, out_features) if is_swapped else (out_features, in_features // groups, *kernel)
     if module.shapes.get("weight") != expected:
         raise _other_size(f"{target.module}.weight", module.shapes.get("weight"), target)
 
