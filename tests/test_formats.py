@@ -186,7 +186,9 @@ def test_documentation_says_what_was_measured(
         conversions = found.report.conversions
         rows.append(Row(name, variant.group, carried, conversions, found.read_error, found.written_error))
     refusals = {name: kind.message for name, kind in REFUSED.items()}
-    text = render(rows, plain_conversions, refusals, {name: host.message for name, host in REFUSED_HOSTS.items()})
+    refused_hosts = {name: host.message for name, host in REFUSED_HOSTS.items()}
+    names = [f"{name} ({kind})" for name, (kind, _) in WEIGHTS_SOURCE.items()]
+    text = render(rows, plain_conversions, refusals, refused_hosts, names)
     path = Path(__file__).parents[1] / "docs" / "formats.md"
     if request.config.getoption("--write-docs"):
         path.parent.mkdir(exist_ok=True)
