@@ -22,8 +22,8 @@ A spelling is taken only if it alone puts every tensor on a module of the host t
 
 _WEIGHTS = """## From weights alone
 
-The weights source (`--unaligned`) finds every weight on disk, also where transformers stores it under another name or in
-another form. Repaired in every geometry, and written as PEFT reads it:
+The weights source (`--unaligned`) finds every weight on disk, also where transformers stores it under another name or
+in another form. Repaired in every geometry, and written as PEFT reads it:
 """
 
 _OTHER = """## mlx-lm
