@@ -17,13 +17,14 @@ from torch import Tensor
 from csulora_cli.errors import AdapterError, UnsupportedError
 from csulora_cli.files import MAX_JSON_BYTES, leaves_folder, parse_json_object, read_bytes
 from csulora_cli.formats.carried import Carried
-from csulora_cli.formats.config import CONFIG_NAME, DERIVED_INITS
+from csulora_cli.formats.config import CONFIG_NAME, DERIVED_INITS, UNSUPPORTED_HINT
 from csulora_cli.formats.conversions import Content, without_initial, without_magnitudes
 from csulora_cli.formats.dialect import MLX, PEFT, Dialect, dialect_of
 from csulora_cli.formats.magnitude import gain_of
+from csulora_cli.formats.replication import Repeats, Replication, replication_of
 from csulora_cli.formats.site import Kind, Site
 from csulora_cli.formats.structure import Structure
-from csulora_cli.formats.targets import Target, describe_sites, tied
+from csulora_cli.formats.targets import Target, describe_sites
 from csulora_cli.patterns import time_limit
 from csulora_cli.tensorfile import read_tensor_file
 from csulora_cli.text import printable, some
@@ -72,6 +73,11 @@ class Adapter:
         return base if isinstance(base, str) and base else None
 
     @property
+    def replication(self) -> Replication | None:
+        """Which layers of the host it repeats, or None."""
+        return replication_of(self.config)
+
+    @property
     def dtypes(self) -> list[str]:
         """The stored dtypes of the factors, without the `torch.` in front."""
         return sorted({str(t.dtype).removeprefix("torch.") for m in self.targets for t in (m.lora_a, m.lora_b)})
@@ -101,7 +107,8 @@ class Adapter:
             for target in self.targets
             for key in (target.key_a, target.key_b, target.key_bias, target.key_magnitude)
         }
-        if any(not target.sites for target in self.targets):
+        is_open = self.config.get("ensure_weight_tying") or self.replication is not None
+        if is_open or any(not target.sites for target in self.targets):
             return True
         return not known.issuperset(self.tensors) or any(t.layout.kind is not Kind.LINEAR for t in self.targets)
 
@@ -169,12 +176,15 @@ def bind(adapter: Adapter, structure: Structure) -> Adapter:
     """
     if any(target.module not in structure.modules for target in adapter.targets):
         adapter = _with(adapter, adapter.dialect.respell(adapter.content, structure))
+    if adapter.config.get("ensure_weight_tying"):
+        adapter = _with(adapter, adapter.dialect.untie(adapter.content, structure))
     bound = replace(
         adapter,
         targets=adapter.dialect.find_targets(adapter.config, adapter.tensors, structure),
         carried=adapter.dialect.find_carried(adapter.config, adapter.tensors, structure),
     )
-    _check_not_tied(bound, structure)
+    if structure.repeats is not None:
+        _check_repeated(bound, structure.repeats)
     return bound
 
 
@@ -222,11 +232,19 @@ def _with(adapter: Adapter, content: Content) -> Adapter:
     )
 
 
-def _check_not_tied(adapter: Adapter, structure: Structure) -> None:
-    weights = {site.place.weight for site in adapter.sites}
-    shared = sorted(weight for weight in weights if weights.intersection(structure.ties.get(weight, ())))
-    if adapter.config.get("ensure_weight_tying") and shared:
-        raise tied(shared)
+def _check_repeated(adapter: Adapter, repeats: Repeats) -> None:
+    """What changes a weight of a repeated layer itself changes it in all copies, in an order that only PEFT knows."""
+    init = adapter.config.get("init_lora_weights")
+    replaced = [] if adapter.config.get("modules_to_save") else [entry.weight or "" for entry in adapter.carried]
+    if init in DERIVED_INITS:
+        beside = f"init_lora_weights {init}"
+    elif adapter.config.get("bias", "none") != "none":
+        beside = f"bias {printable(adapter.config['bias'])}"
+    elif any(repeats.holds(weight) for weight in replaced):
+        beside = "whole weights of these layers"
+    else:
+        return
+    raise UnsupportedError(f"the adapter repeats layers (layer_replication) and has {beside}", UNSUPPORTED_HINT)
 
 
 def describe(adapter: Adapter) -> str:

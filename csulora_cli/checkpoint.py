@@ -1,11 +1,12 @@
 """A model's safetensors, sharded or not, as named tensors on disk: headers first, values one tensor at a time.
 
-Also matches adapted sites to weights, by name. Checkpoints differ from module names by a leading prefix at most
-(`transformer.h.0…` in memory, `h.0…` on disk), so one prefix must explain all modules, and shapes must fit.
+Also matches adapted sites to weights, by name. What transformers stores in another form is converted as it does when
+it loads a model. Beyond that, names differ from those of modules by a leading prefix at most (`transformer.h.0…` in
+memory, `h.0…` on disk), so one prefix must explain all modules, and shapes must fit.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from csulora_cli.errors import HostError
+from csulora_cli.errors import HostError, UnsupportedError
 from csulora_cli.files import is_regular, read_json_object
 from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.site import Kind, Site
+from csulora_cli.formats.stored import Recipe, StoredForm
 from csulora_cli.text import printable, some
 
 SINGLE_NAME = "model.safetensors"
@@ -47,6 +49,8 @@ class Checkpoint:
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
+        self._files: dict[str, Path] = {}
+        self._recipes: dict[str, Recipe] = {}
 
     def __enter__(self) -> "Checkpoint":
         try:
@@ -69,6 +73,7 @@ class Checkpoint:
             self._open[file] = handle
             for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = handle.get_slice(name)
+                self._files[name] = file
                 self.tensors[name] = StoredTensor(file, tuple(view.get_shape()), str(view.get_dtype()))
         except (SafetensorError, OSError) as problem:
             raise HostError(
@@ -76,9 +81,32 @@ class Checkpoint:
                 "Download the model again.",
             ) from None
 
+    def convert(self, form: StoredForm) -> None:
+        """Also give the parameters that transformers would make of what is stored, under the names of the model.
+
+        Raises:
+            HostError: the tensors of one do not fit together.
+        """
+        stored = dict(self.tensors)
+
+        def outline(name: str, _part: int | None) -> Tensor:
+            return torch.empty(stored[name].shape, device="meta")
+
+        for recipe in form.recipes(stored):
+            own = [stored[name] for name in recipe.names]
+            coarsest = min((tensor.dtype for tensor in own), key=lambda dtype: PRECISION.get(dtype, 0))
+            shape = tuple(recipe.make(outline).shape)
+            self.tensors[recipe.parameter] = StoredTensor(own[0].file, shape, coarsest)
+            self._recipes[recipe.parameter] = recipe
+
     def read(self, name: str, part: int | None = None) -> Tensor:
         """One tensor, or one part of it along its first dimension, in its stored dtype, on the CPU."""
-        handle = self._open[self.tensors[name].file]
+        if name in self._recipes:
+            return self._recipes[name].make(self._read_stored, part)
+        return self._read_stored(name, part)
+
+    def _read_stored(self, name: str, part: int | None) -> Tensor:
+        handle = self._open[self._files[name]]
         tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         return tensor
 
@@ -140,7 +168,7 @@ def match_weights(
     sites: Iterable[Site],
     checkpoint: Checkpoint,
     fan_in_fan_out: bool = False,
-    ties: Mapping[str, Sequence[str]] | None = None,
+    names_of: Callable[[str], Sequence[str]] | None = None,
 ) -> dict[str, WeightMatch]:
     """Find the weight of every adapted site by name, and check its shape.
 
@@ -148,17 +176,18 @@ def match_weights(
         sites: of the adapter.
         checkpoint: an open one.
         fan_in_fan_out: what the adapter says of square weights that nothing else tells about.
-        ties: other names of shared weights, of which a checkpoint holds one.
+        names_of: the names under one of which a checkpoint has a weight (`Structure.stored_names`); None: its own.
 
     Raises:
         HostError: some site has no weight of its name, or one of another shape; the message shows both sides.
     """
     sites = list(sites)
-    to_disk = common_renaming([site.place.weight for site in sites], checkpoint)
-    found = {}
-    for site in sites:
-        names = (site.place.weight, *(ties or {}).get(site.place.weight, ()))
-        found[site.name] = next((to_disk(name) for name in names if to_disk(name) in checkpoint.tensors), None)
+    names = {site.name: names_of(site.place.weight) if names_of else (site.place.weight,) for site in sites}
+    to_disk = common_renaming([own[0] for own in names.values()], checkpoint)
+    found = {
+        site: next((to_disk(name) for name in own if to_disk(name) in checkpoint.tensors), None)
+        for site, own in names.items()
+    }
     if missing := [name for name, weight in found.items() if weight is None]:
         raise _no_weights(missing, len(sites), checkpoint)
     matches = {site.name: _match(site, checkpoint, str(found[site.name])) for site in sites}
@@ -189,6 +218,12 @@ def _match(site: Site, checkpoint: Checkpoint, name: str) -> WeightMatch:
         if shape not in (wanted, wanted[::-1]):
             raise _other_shape(site, checkpoint, name)
         return WeightMatch(name, None if shape[0] == shape[1] else shape != wanted)
+    if place.groups > 1:
+        raise UnsupportedError(
+            f"'{printable(site.name)}' is a convolution of {place.groups} groups, whose weight reads other inputs than "
+            "its update",
+            "The weights source cannot repair it; leave --unaligned out.",
+        )
     is_transposed = place.is_transposed or place.kind is Kind.EMBEDDING
     matrix = shape if place.expert is None else shape[1:]
     flat = (matrix[0], math.prod(matrix[1:])) if matrix else ()

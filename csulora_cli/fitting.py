@@ -52,7 +52,7 @@ class Fitting:
         """The host's modules, from its config unless the host is already loaded."""
         if self._structure is None:
             check_model_kind(self._host_at, "host")
-            self._structure = read_structure(self._host_at, self._trust_remote_code)
+            self._structure = read_structure(self._host_at, self._trust_remote_code, self.adapter.replication)
         return self._structure
 
     def _bind(self, structure: Structure) -> None:
@@ -84,14 +84,19 @@ class Fitting:
             self._bind(self.structure)
         if not has_plain_host:
             return  # what is on disk tells nothing of what is in memory
-        for location, role in models:
-            checkpoint = stack.enter_context(Checkpoint(location.folder, role))
-            if self._structure is None and not self._is_named_as_on_disk(checkpoint):
-                self._bind(self.structure)
-            if self._structure is None or self._unaligned_at is not None:
-                ties = None if self._structure is None else self._structure.ties
-                is_swapped = bool(self.adapter.config.get("fan_in_fan_out"))
-                self.matched.append((checkpoint, match_weights(self.adapter.sites, checkpoint, is_swapped, ties)))
+        checkpoints = [stack.enter_context(Checkpoint(location.folder, role)) for location, role in models]
+        if self._structure is None and not all(map(self._is_named_as_on_disk, checkpoints)):
+            self._bind(self.structure)
+        if self._structure is None or self._unaligned_at is not None:
+            self.matched = [(checkpoint, self._match(checkpoint)) for checkpoint in checkpoints]
+
+    def _match(self, checkpoint: Checkpoint) -> dict[str, WeightMatch]:
+        is_swapped = bool(self.adapter.config.get("fan_in_fan_out"))
+        if self._structure is None:
+            return match_weights(self.adapter.sites, checkpoint, is_swapped)
+        if self._structure.stored is not None:
+            checkpoint.convert(self._structure.stored)
+        return match_weights(self.adapter.sites, checkpoint, is_swapped, self._structure.stored_names)
 
     def _is_named_as_on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether names alone tell which weights are meant; else only the model in memory does, where there is one.
@@ -124,8 +129,9 @@ class Fitting:
         Raises:
             HostError: it cannot be loaded, or does not fit the adapter.
         """
-        self.host, _ = open_host(self._host_at, [], device, dtype, self._trust_remote_code, progress)
-        self._bind(structure_of(self.host.model))
+        replication = self.adapter.replication
+        self.host, _ = open_host(self._host_at, [], device, dtype, self._trust_remote_code, progress, replication)
+        self._bind(structure_of(self.host.model, self.host.repeats))
         return self.host
 
     def settle(self, mode: DoraMode, progress: Progress) -> tuple[CarriedRecord, ...]:
@@ -160,8 +166,7 @@ class Fitting:
     def _is_copy(self, entry: Carried) -> bool:
         if self.host is not None:
             return is_copy(self.host.model, entry)
-        names = (str(entry.weight), *self.structure.ties.get(str(entry.weight), ()))
-        return holds_weight(self.matched[0][0], names, entry)
+        return holds_weight(self.matched[0][0], self.structure.stored_names(str(entry.weight)), entry)
 
     def reopened(self, folder: Path) -> Adapter:
         """What was written, read and fitted like the adapter."""

@@ -16,8 +16,9 @@ from csulora_cli.engine.attach import weight_of
 from csulora_cli.engine.host import Host, load_host
 from csulora_cli.engine.memory import is_out_of_memory
 from csulora_cli.engine.progress import Progress
-from csulora_cli.errors import HostError, InputError, ResourceError, UsageError
+from csulora_cli.errors import HostError, InputError, ResourceError, UnsupportedError, UsageError
 from csulora_cli.files import check_new_file, sha256_of
+from csulora_cli.formats.replication import Replication, grow
 from csulora_cli.formats.structure import Structure, structure_of
 from csulora_cli.locate import (
     CODE_FILES,
@@ -124,8 +125,16 @@ def open_host(
     dtype: str,
     trust_remote_code: bool,
     progress: Progress,
+    replication: Replication | None = None,
 ) -> tuple[Host, list[Adapter]]:
     """Load the host and find the places of all adapters in it.
+
+    Args:
+        location: of the host.
+        adapters: to be bound to it.
+        device, dtype, trust_remote_code: see `load_host`.
+        progress: receives warnings.
+        replication: which of its layers are repeated, where no adapter given here says so.
 
     Returns:
         The host, and the adapters bound to it.
@@ -136,11 +145,32 @@ def open_host(
     progress.stage("host")
     host = load_host(location, device, dtype, trust_remote_code)
     host.batch_size.warn = progress.warn
-    structure = structure_of(host.model)
+    replication = replication or common_replication([adapter.replication for adapter in adapters])
+    host.repeats = grow(host.model, replication)
+    if replication is not None:
+        progress.warn(
+            f"the adapter repeats layers (layer_replication): the host is run and measured with the same "
+            f"{len(replication.sources)} layers"
+        )
+    structure = structure_of(host.model, host.repeats)
     bound = [_bound(adapter, host, structure) for adapter in adapters]
     if not host.has_template:
         progress.warn("the host's tokenizer has no chat template; prompts are put as 'User: … Assistant:'")
     return host, bound
+
+
+def common_replication(replications: Sequence[Replication | None]) -> Replication | None:
+    """Which layers all adapters repeat that run on one host.
+
+    Raises:
+        UnsupportedError: they do not agree.
+    """
+    found = set(replications)
+    if len(found) > 1:
+        raise UnsupportedError(
+            "the adapters repeat different layers of the host (layer_replication)", "Give each of them on its own."
+        )
+    return found.pop() if found else None
 
 
 def _bound(adapter: Adapter, host: Host, structure: Structure) -> Adapter:

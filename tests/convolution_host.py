@@ -22,11 +22,15 @@ class ConvolutionLayer(nn.Module):
         super().__init__()
         self.mix = nn.Conv1d(hidden_size, hidden_size, 3, padding=2)  # what is past the tokens is cut off: causal
         self.depthwise = nn.Conv1d(hidden_size, hidden_size, 3, padding=2, groups=hidden_size)
+        self.edges = nn.Conv1d(hidden_size, hidden_size, 3, padding=2, padding_mode="replicate")
+        self.grouped = nn.Conv1d(hidden_size, hidden_size, 3, padding=2, padding_mode="replicate", groups=4)
+        self.wide = nn.Conv1d(hidden_size, hidden_size, 3, padding=4, dilation=2)
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         tokens = hidden.shape[1]
         mixed = self.mix(hidden.mT)[..., :tokens].tanh()
+        mixed = self.edges(mixed)[..., :tokens] + self.grouped(mixed)[..., :tokens] + self.wide(mixed)[..., :tokens]
         return hidden + self.out(self.depthwise(mixed)[..., :tokens].mT)
 
 

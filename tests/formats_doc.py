@@ -20,6 +20,12 @@ Each is the same adapter, written otherwise. It comes out as PEFT writes it, bit
 A spelling is taken only if it alone puts every tensor on a module of the host that has the right shape.
 """
 
+_WEIGHTS = """## From weights alone
+
+The weights source (`--unaligned`) finds every weight on disk, also where transformers stores it under another name or
+in another form. Repaired in every geometry, and written as PEFT reads it:
+"""
+
 _OTHER = """## mlx-lm
 
 `adapters.safetensors` with `lora_a` and `lora_b` is repaired in that layout, on linear layers and embeddings.
@@ -60,6 +66,7 @@ def render(
     refusals: Mapping[str, str],
     loaded: Mapping[str, float],
     hosts: Mapping[str, str],
+    weights_source: Iterable[str],
 ) -> str:
     """The whole file; other hosts with their errors, refusals and refused hosts with what the message says."""
     parts = [_HEAD, f"## Repaired: {len(rows)} variants\n"]
@@ -67,6 +74,7 @@ def render(
         own = [row for row in rows if row.group == group]
         parts += [f"### {group}\n", _table(("variant", "carried", "rewritten", "read", "written"), map(_cells, own))]
     parts += [_SPELLINGS, _table(("spelling", "rewritten"), ((name, _join(how)) for name, how in spellings.items()))]
+    parts += [_WEIGHTS, "".join(f"- {name}\n" for name in weights_source)]
     parts += [_OTHER, _table(("kind", "the message says"), refusals.items())]
     parts += [_LOADED, _table(("host", "read"), ((name, bound(error)) for name, error in loaded.items()))]
     parts += [_HOSTS, _table(("host", "the message says"), hosts.items())]

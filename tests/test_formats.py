@@ -17,14 +17,17 @@ from refused_hosts import REFUSED_HOSTS
 from safetensors.torch import load_file
 from test_spelling import WILD, written
 from torch import Tensor
-from variants import EXPERTS, GOOD, MONTECLORA, QV, REFUSED, VELORA, Variant
+from variants import EXPERTS, GOOD, MONTECLORA, QV, REFUSED, VELORA, Variant, changing
 
 from csulora_cli.adapter import Adapter, bind, read_adapter, with_weights
 from csulora_cli.api import fix_adapter
+from csulora_cli.checkpoint import Checkpoint
 from csulora_cli.engine import behaviour, effects, prompts_source
 from csulora_cli.engine.attach import Update, weight_of
 from csulora_cli.engine.host import Host, load_host
-from csulora_cli.errors import HostError, InputError, UnsupportedError
+from csulora_cli.errors import InputError, UnsupportedError
+from csulora_cli.formats.layouts import KERNEL
+from csulora_cli.formats.replication import grow
 from csulora_cli.formats.structure import read_structure, structure_of
 from csulora_cli.locate import Location
 from csulora_cli.report import FixReport
@@ -119,8 +122,11 @@ def adapted_logits(host: Host, folder: Path) -> Tensor:
 
 
 def bound(host: Host, folder: Path) -> Adapter:
-    structure = structure_of(host.model)
-    found = bind(read_adapter(folder), structure)
+    adapter = read_adapter(folder)
+    if adapter.replication and not host.repeats:
+        host.repeats = grow(host.model, adapter.replication)
+    structure = structure_of(host.model, host.repeats)
+    found = bind(adapter, structure)
     return with_weights(found, structure, lambda site: weight_of(host.model, site.place))
 
 
@@ -205,8 +211,9 @@ def test_documentation_says_what_was_measured(
         rows.append(Row(name, variant.group, carried, conversions, found.read_error, found.written_error))
     refusals = {name: kind.message for name, kind in REFUSED.items()}
     loaded = {name: on_other_host(name) for name in OTHER_HOSTS}
-    hosts = {name: host.message for name, host in REFUSED_HOSTS.items()}
-    text = render(rows, plain_conversions, refusals, loaded, hosts)
+    refused_hosts = {name: host.message for name, host in REFUSED_HOSTS.items()}
+    names = [f"{name} ({kind})" for name, (kind, _) in WEIGHTS_SOURCE.items()]
+    text = render(rows, plain_conversions, refusals, loaded, refused_hosts, names)
     path = Path(__file__).parents[1] / "docs" / "formats.md"
     if request.config.getoption("--write-docs"):
         path.parent.mkdir(exist_ok=True)
@@ -227,6 +234,18 @@ def plain_conversions(hosts: Callable[..., Path], tmp_path_factory: pytest.TempP
         name: bind(read_adapter(written(plain, folder / str(index), wild)), structure).conversions
         for index, (name, wild) in enumerate(WILD.items())
     }
+
+
+@pytest.mark.parametrize("left_out", ["lm_head.lora", "lora_embedding"])
+def test_one_end_of_a_tied_update_is_enough(left_out: str, hosts: Callable[..., Path], tmp_path: Path) -> None:
+    change = changing(lambda key, tensor: None if left_out in key else tensor)
+    made = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    adapter = make_variant(Variant("", "llama-tied", made, change), hosts("llama-tied"), tmp_path)
+    host = load_host(Location("host", hosts("llama-tied")), CPU, "auto", trust_remote_code=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT misses the keys that are left out
+        theirs = logits(oracle.with_adapter(hosts("llama-tied"), adapter))
+    assert gap(adapted_logits(host, adapter), theirs, logits(host.model)) < 2e-5
 
 
 # What only one source or one option does
@@ -250,11 +269,20 @@ WEIGHTS_SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
     "tied output layer": ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
     "convolution": ("convolution", {"target_modules": ["mix", "out"]}),
     "experts in one tensor": ("gpt-oss", {"target_modules": [], "target_parameters": EXPERTS}),
+    "experts one by one": ("mixtral", {"target_modules": QV, "target_parameters": EXPERTS}),
+    "experts one by one, other names": ("qwen3-moe", {"target_modules": [], "target_parameters": EXPERTS}),
+    "layers repeated, experts one by one": (
+        "mixtral",
+        {"target_modules": [], "target_parameters": EXPERTS[:1], "layer_replication": [[1, 2], [0, 2]]},
+    ),
+    "vision-language": ("llava", {"target_modules": r".*language_model.*\.(q_proj|down_proj)"}),
+    "vision-language, embedding and output layer": ("llava", {"target_modules": ["embed_tokens", "lm_head"]}),
     "router": ("gpt-oss", {"target_modules": [], "target_parameters": ["mlp.router.weight"]}),
     "LoRA biases": ("qwen2", {"target_modules": QV, "lora_bias": True}),
     "DoRA": ("llama", {"target_modules": QV, "use_dora": True}),
     "VeLoRA": ("llama", {"target_modules": QV, "velora_config": VELORA}),
     "MonteCLoRA": ("llama", {"target_modules": QV, "monteclora_config": MONTECLORA}),
+    "layers repeated": ("llama", {"target_modules": QV, "layer_replication": [[0, 2], [1, 2], [0, 1]]}),
     "pissa": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa"}),
 }
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -279,12 +307,72 @@ def test_the_weights_source_repairs_every_layout(
     assert gap(adapted_logits(host, out), peft_logits(hosts(kind), out), logits(host.model)) < 2e-5
 
 
-def test_experts_that_lie_apart_on_disk_are_refused_by_the_weights_source(
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "llava", "gemma3", "gpt2"])
+def test_a_checkpoint_gives_every_parameter_as_transformers_loads_it(kind: str, hosts: Callable[..., Path]) -> None:
+    loaded = oracle.load(hosts(kind)).state_dict()
+    structure = read_structure(hosts(kind), "host", trust_remote_code=False)
+    assert structure.stored is not None
+    with Checkpoint(hosts(kind), "host") as checkpoint:
+        checkpoint.convert(structure.stored)
+        missing = loaded.keys() - checkpoint.tensors.keys()
+        assert all(set(structure.stored_names(name)) & checkpoint.tensors.keys() for name in missing)
+        for name in loaded.keys() - missing:
+            assert checkpoint.tensors[name].shape == loaded[name].shape
+            assert torch.equal(checkpoint.read(name), loaded[name]), name
+            assert torch.equal(checkpoint.read(name, 1), loaded[name][1]), name
+
+
+def test_the_weights_source_repairs_a_convolution_over_images(
     fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
 ) -> None:
-    made = {"target_modules": [], "target_parameters": EXPERTS}
-    with pytest.raises(HostError, match=r"0 of 16 adapted .* exist in the host"):
-        fix("mixtral", made, unaligned=str(hosts("mixtral", seed=7)))
+    made = {"target_modules": ["patch_embedding"]}
+    adapter, out, _ = fix("llava", made, unaligned=str(hosts("llava", seed=7)), strength=3.0)
+    name = "model.vision_tower.embeddings.patch_embedding"
+    before, found = (kernel_update(hosts("llava"), folder, name) for folder in (adapter, out))
+    own, other = (
+        oracle.load(hosts("llava", **options)).get_submodule(name).weight.detach().double().flatten(1)
+        for options in ({}, {"seed": 7})
+    )
+    assert oracle.relative_gap(found, oracle.keep_out(before, own - other, 3.0, 0.9, None)) < 1e-5
+
+
+def kernel_update(host: Path, adapter: Path, name: str) -> Tensor:
+    """PEFT's update of the kernel of a convolution, flattened to (out, in·kernel)."""
+    update: Tensor = oracle.with_adapter(host, adapter).base_model.model.get_submodule(name).get_delta_weight("default")
+    return update.detach().double().flatten(1)
+
+
+def test_a_convolution_with_groups_is_refused_by_the_weights_source(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+) -> None:
+    with pytest.raises(UnsupportedError, match="a convolution of 4 groups"):
+        fix("convolution", {"target_modules": ["grouped"]}, unaligned=str(hosts("convolution", seed=7)))
+
+
+def test_a_convolution_with_groups_takes_no_other_b() -> None:
+    shapes = torch.Size([4, 6, 3]), torch.Size([8, 2, 1])
+    lora_b = torch.block_diag(torch.ones(4, 2), torch.ones(4, 2))
+    _, packed = KERNEL.pack([(torch.ones(4, 18), lora_b)], *shapes)
+    assert torch.equal(packed, torch.ones(8, 2, 1))
+    with pytest.raises(UnsupportedError, match="has no place for it"):
+        KERNEL.pack([(torch.ones(4, 18), lora_b + 1)], *shapes)
+    with pytest.raises(UnsupportedError, match="has no place for it"):
+        KERNEL.pack([(torch.ones(5, 18), torch.nn.functional.pad(lora_b, (0, 1)))], *shapes)
+
+
+def test_the_keep_out_update_of_experts_stored_apart_is_the_dense_one(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+) -> None:
+    made = {"target_modules": [], "target_parameters": EXPERTS[:1]}
+    adapter, out, _ = fix("mixtral", made, unaligned=str(hosts("mixtral", seed=7)), strength=3.0)
+    host = load_host(Location("host", hosts("mixtral")), CPU, "float32", trust_remote_code=False)
+    before, after = ({site.name: site for site in bound(host, folder).sites} for folder in (adapter, out))
+    weights = [oracle.load(hosts("mixtral", **options)).state_dict() for options in ({}, {"seed": 7})]
+    for name, site in before.items():
+        own, other = (state[site.place.weight][site.place.expert].double() for state in weights)
+        update = site.scale * site.lora_b.double() @ site.lora_a.double()
+        found = after[name].scale * after[name].lora_b.double() @ after[name].lora_a.double()
+        assert oracle.relative_gap(found, oracle.keep_out(update, own - other, 3.0, 0.9, None)) < 1e-5
 
 
 def test_the_keep_out_update_of_an_embedding_is_the_dense_one(

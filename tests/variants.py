@@ -102,6 +102,17 @@ _TIED = {
     "tied output layer": {"target_modules": ["lm_head", "v_proj"]},
     "ensure_weight_tying without either": {"target_modules": QV, "ensure_weight_tying": True},
 }
+_KEPT_EQUAL = {
+    "kept equal": {"target_modules": ["embed_tokens", "q_proj"]},
+    "kept equal, by the output layer": {"target_modules": ["lm_head"]},
+    "kept equal, by regex": {"target_modules": r".*(embed_tokens|q_proj)"},
+    "kept equal, one layer": {"target_modules": ["embed_tokens", "q_proj"], "layers_to_transform": [1]},
+    "kept equal, rsLoRA, own rank": {
+        "target_modules": ["embed_tokens"], "use_rslora": True, "rank_pattern": {"embed_tokens": 7},
+    },
+    "kept equal, own alpha": {"target_modules": ["embed_tokens"], "alpha_pattern": {"lm_head": 3}},
+    "kept equal, bfloat16": {"target_modules": ["embed_tokens"], "dtype": torch.bfloat16},
+}  # fmt: skip
 _CONVOLUTIONS = {
     "convolution": {"target_modules": ["mix"]},
     "convolution, rsLoRA": {"target_modules": ["mix"], "use_rslora": True, "r": 3},
@@ -110,6 +121,10 @@ _CONVOLUTIONS = {
     },
     "convolution, linear and embedding": {"target_modules": ["mix", "out", "embed"]},
     "convolution with a LoRA bias": {"target_modules": ["mix"], "lora_bias": True},
+    "depthwise convolution": {"target_modules": ["depthwise"], "r": 32},
+    "convolution with groups": {"target_modules": ["grouped", "mix"], "rank_pattern": {"grouped": 8}},
+    "convolution with groups and a LoRA bias": {"target_modules": ["grouped"], "lora_bias": True, "use_rslora": True},
+    "convolution that pads with its edges": {"target_modules": ["edges"]},
 }  # fmt: skip
 _PARAMETERS = {
     "experts, first parameter": {"target_parameters": EXPERTS[:1]},
@@ -122,6 +137,13 @@ _PARAMETERS = {
         "target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 6}, "alpha_pattern": {"gate_up_proj": 3},
     },
 }  # fmt: skip
+_REPEATED = {
+    "layers repeated": {"layer_replication": [[0, 2], [1, 2], [0, 1]]},
+    "layers repeated, in parts": {"layer_replication": [[0, 2], [0, 2]], "layers_to_transform": [1, 2]},
+    "fewer layers": {"layer_replication": [[1, 2]]},
+    "layers repeated, DoRA": {"layer_replication": [[0, 2], [1, 2]], "use_dora": True},
+    "layers repeated, norms": {"layer_replication": [[0, 2], [1, 2]], "modules_to_save": ["norm"]},
+}
 _CARRIED = {
     "modules_to_save, output layer": {"modules_to_save": ["lm_head"]},
     "modules_to_save, embedding": {"modules_to_save": ["embed_tokens"]},
@@ -154,6 +176,18 @@ _ROUTERS = {
     "gpt-oss": {"router": {"target_parameters": ["mlp.router.weight"]}},
 }
 
+
+def changing(change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    """Puts other tensors in the place of those of a saved adapter, by their names, or leaves them out."""
+
+    def rewrite(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        changed = {key: change(key, tensor) for key, tensor in load_file(path).items()}
+        save_file({key: tensor for key, tensor in changed.items() if tensor is not None}, path)
+
+    return rewrite
+
+
 GOOD: dict[str, Variant] = {
     **_variants("Linear layers: which", "llama", _SELECTION),
     **_variants("Linear layers: rank and scale", "llama", _SCALES, target_modules=QV),
@@ -178,6 +212,12 @@ GOOD: dict[str, Variant] = {
     }),
     **_variants("Embeddings and output layers", "llama", _EMBEDDINGS),
     **_variants("Embeddings and output layers", "llama-tied", _TIED),
+    **_variants("Embeddings and output layers", "llama-tied", _KEPT_EQUAL, ensure_weight_tying=True),
+    "kept equal, but different in the file (llama-tied)": Variant(
+        "Embeddings and output layers", "llama-tied",
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        changing(lambda key, tensor: tensor * 3 if "lm_head.lora" in key else tensor),
+    ),
     **_variants("Embeddings and output layers", "gemma3", {"scaled embedding": {"target_modules": ["embed_tokens"]}}),
     **_variants("Convolutions", "convolution", _CONVOLUTIONS),
     **_variants("Parameters", "mixtral", _PARAMETERS, target_modules=[]),
@@ -187,6 +227,10 @@ GOOD: dict[str, Variant] = {
     }, target_modules=[]),
     **{name: variant for host, cases in _ROUTERS.items()
        for name, variant in _variants("Parameters", host, cases, target_modules=[]).items()},
+    **_variants("Repeated layers", "llama", _REPEATED, target_modules=QV),
+    **_variants("Repeated layers", "mixtral", {"layers repeated, experts": {
+        "target_modules": [], "target_parameters": EXPERTS, "layer_replication": [[0, 2], [1, 2]],
+    }}),
     **_variants("DoRA", "llama", _DORA, target_modules=QV, use_dora=True),
     **_variants("DoRA", "qwen2", {"DoRA beside biases": {"target_modules": QV, "use_dora": True}}),
     **_variants("DoRA", "gpt2", {"DoRA on Conv1D": {"target_modules": ["c_attn", "c_fc"], "use_dora": True}}),
@@ -237,22 +281,38 @@ REFUSED: dict[str, Refused] = {
     "KaSA": Refused("KaSA", config={"kasa_config": {"beta": 1e-4}}),
     "KaSA, by its tensors": Refused("KaSA", rename=lambda key: key.replace("lora_A.weight", "lora_diag")),
     "QALoRA": Refused("QALoRA", config={"use_qalora": True, "qalora_group_size": 16}),
-    "layer replication": Refused("layer replication", config={"layer_replication": [[0, 2], [1, 2]]}),
+    "repeated layers that the host lacks": Refused("the host has 2 layers", config={"layer_replication": [[0, 3]]}),
+    "repeated layers, no ranges": Refused("layer_replication", config={"layer_replication": [[0, -1]]}),
+    "repeated layers of types": Refused("gives each layer a type", "qwen2", config={"layer_replication": [[0, 2]]}),
+    "repeated layers where PEFT finds none": Refused(
+        "no list of layers", "gpt2", {"target_modules": ["c_attn"]}, config={"layer_replication": [[0, 2]]}
+    ),
+    "repeated layers and init pissa": Refused(
+        "repeats layers", options={"target_modules": QV, "init_lora_weights": "pissa"},
+        config={"layer_replication": [[0, 2]]},
+    ),
     "Megatron": Refused("Megatron", config={"megatron_config": {"hidden_size": 8}}),
-    "init corda": Refused("modified base", config={"init_lora_weights": "corda"}),
-    "init loftq": Refused("modified base", config={"init_lora_weights": "loftq"}),
-    "init lora_ga": Refused("modified base", config={"init_lora_weights": "lora_ga"}),
-    "init pissa_niter": Refused("modified base", config={"init_lora_weights": "pissa_niter_4"}),
+    "init corda": Refused('base: init_lora_weights = "corda"', config={"init_lora_weights": "corda"}),
+    "init loftq": Refused('base: init_lora_weights = "loftq"', config={"init_lora_weights": "loftq"}),
+    "init lora_ga": Refused('base: init_lora_weights = "lora_ga"', config={"init_lora_weights": "lora_ga"}),
+    "init pissa_niter": Refused(
+        'base: init_lora_weights = "pissa_niter_4"', config={"init_lora_weights": "pissa_niter_4"}
+    ),
     "init pissa, scale below zero": Refused("scale of -2", config={"init_lora_weights": "pissa", "lora_alpha": -8}),
     "init pissa on an embedding": Refused(
         "no linear layer", options={"target_modules": ["embed_tokens"]}, config={"init_lora_weights": "pissa"}
     ),
     "DoRA on an embedding": Refused("DoRA", options={"target_modules": ["embed_tokens"], "use_dora": True}),
     "DoRA on a convolution": Refused("DoRA", "convolution", {"target_modules": ["mix"], "use_dora": True}),
-    "tied embedding and output layer, kept equal": Refused(
-        "ties the updates", "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    "tied output layer, excluded": Refused(
+        "exclude_modules", "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        config={"exclude_modules": ["lm_head"]},
     ),
-    "convolution with groups": Refused("groups", "convolution", {"target_modules": ["depthwise"], "r": 32}),
+    "convolution with dilation": Refused("dilation", "convolution", {"target_modules": ["wide"]}),
+    "convolution of other groups": Refused(
+        "a convolution of 4 groups", "convolution", {"target_modules": ["mix"]},
+        rename=lambda key: key.replace("mix", "grouped"), config={"target_modules": ["grouped"]},
+    ),
     "updates of a vision tower": Refused("never run on a text prompt", "llava"),
     "other kinds of PEFT": Refused('not "LORA"', config={"peft_type": "LOHA"}),
     "a field of a newer PEFT that is on": Refused("unknown field use_new_idea", config={"use_new_idea": True}),

@@ -222,6 +222,7 @@ class _Products(TorchFunctionMode):
         self.weights = weights.flatten()
         self.take = take
         self.rows: Tensor | None = None
+        self.running: nn.Module | None = None
         self.owners = {place.module: model.get_submodule(place.module) for place in places.values()}
         self.names = {(place.weight, place.expert): name for name, place in places.items()}
         self.parameters = {place.weight: self.owners[place.module].get_parameter(place.parameter)
@@ -236,12 +237,12 @@ class _Products(TorchFunctionMode):
     def watching(self) -> Iterator[None]:
         """Watch, and forget at the start of each module what was picked in another one."""
 
-        def forget(_module: nn.Module, _args: Any) -> None:
-            self.rows = None
+        def begin(module: nn.Module, _args: Any) -> None:
+            self.rows, self.running = None, module
 
         with ExitStack() as stack:
             for module in self.owners.values():
-                stack.callback(module.register_forward_pre_hook(forget).remove)
+                stack.callback(module.register_forward_pre_hook(begin).remove)
             stack.enter_context(self)
             yield
 
@@ -256,9 +257,8 @@ class _Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, inputs: Tensor, operand: Tensor, dimension: int) -> None:
-        for weight, parameter in self.parameters.items():
-            if operand.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
-                continue
+        for weight in self._weights_at(operand.untyped_storage().data_ptr()):
+            parameter = self.parameters[weight]
             is_whole = operand.numel() == parameter.numel() and parameter.ndim == 3
             experts = range(parameter.shape[0]) if is_whole else [_expert(operand, parameter)]
             for expert in experts:
@@ -266,6 +266,13 @@ class _Products(TorchFunctionMode):
                 if name is not None:
                     self._check_side(self.places[name], parameter, operand.stride(dimension))
                     self._hand_over(name, inputs[expert] if is_whole else inputs)
+
+    def _weights_at(self, address: int) -> list[str]:
+        """The watched parameters that lie there; where modules share one, that of the module that runs."""
+        found = [name for name, own in self.parameters.items() if own.untyped_storage().data_ptr() == address]
+        if len(found) < 2:
+            return found
+        return [name for name in found if self.owners[name.rpartition(".")[0]] is self.running]
 
     def _check_side(self, place: Place, parameter: Tensor, summed_stride: int) -> None:
         """The product must sum over the dimension that A reads."""
@@ -429,6 +436,9 @@ def _updated_parameter(parameter: Tensor, entries: Sequence[tuple[Place, Factors
     return updated
 
 
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
 def _update_hook(
     place: Place, factors: Factors, device: torch.device
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
@@ -445,8 +455,10 @@ def _update_hook(
         return update * getattr(module, "embed_scale", 1.0)  # some embeddings scale what they give
 
     def on_convolution(module: Any, inputs: Tensor) -> Tensor:
-        kernel = lora_a.reshape(-1, *module.weight.shape[1:])
-        inner = module._conv_forward(inputs.to(torch.float32), kernel, None)
+        # Zeros around the input, no gaps in the kernel and no groups in A, whatever the layer itself has.
+        kernel = lora_a.reshape(len(lora_a), module.in_channels, *module.kernel_size)
+        padded = functional.pad(inputs.to(torch.float32), module._reversed_padding_repeated_twice)
+        inner = _CONVOLUTIONS[len(module.kernel_size)](padded, kernel, stride=module.stride)
         update = torch.einsum("or,nr...->no...", lora_b, inner)
         return update if bias is None else update + bias.reshape(-1, *[1] * (update.ndim - 2))
 

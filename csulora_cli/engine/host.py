@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from csulora_cli.engine.attach import Update, applied
 from csulora_cli.engine.memory import BatchSize, is_out_of_memory
 from csulora_cli.errors import HostError, UsageError
+from csulora_cli.formats.replication import Repeats
 from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
 from csulora_cli.pretrained import check_decoder_only, pretrained
@@ -62,6 +63,7 @@ class Host:
         device: where it runs.
         has_template: whether the tokenizer has a chat template.
         batch_size: shrinks where memory runs out.
+        repeats: which of its layers are repeated, or None.
     """
 
     model: Any
@@ -69,6 +71,7 @@ class Host:
     device: torch.device
     has_template: bool
     batch_size: BatchSize = field(default_factory=BatchSize)
+    repeats: Repeats | None = None
     _takes_logits_to_keep: bool = field(init=False)
 
     def __post_init__(self) -> None:

@@ -20,7 +20,6 @@ EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 
 # Fields of LoraConfig (PEFT 0.21) with which the update is no plain low-rank one, and the name that users know them by.
 REFUSED_FIELDS = {
-    "layer_replication": "layer replication",
     "use_qalora": "QALoRA",
     "kasa_config": "KaSA",
     "arrow_config": "Arrow routing",
@@ -31,10 +30,11 @@ REFUSED_FIELDS = {
 KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config",
     "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout",
-    "lora_ga_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
-    "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_rslora", "velora_config",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias",
+    "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_rslora",
+    "velora_config",
 }  # fmt: skip
 # Fields of variants that differ from plain LoRA in training only.
 TRAINING_FIELDS = ("velora_config", "monteclora_config")
@@ -66,7 +66,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
     if not isinstance(init, (bool, str)) or init not in (*PLAIN_INITS, *DERIVED_INITS):
         raise UnsupportedError(
             f"the adapter was trained on a modified base: {_shown(config, 'init_lora_weights')}",
-            "Convert it to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion).",
+            "Convert it to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion), or give "
+            "the modified base as --base and set init_lora_weights to true.",
         )
     for field, value in config.items():
         if field not in KNOWN_FIELDS and field not in REFUSED_FIELDS and value not in EMPTY:
@@ -181,7 +182,8 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
         return not config.get("target_parameters")
     if isinstance(targets, str):
         return targets == "all-linear" or matches_whole(targets, module, "target_modules")
-    return has_suffix(module, targets) and _in_layers(config, module)
+    # A module's whole name holds in every layer.
+    return module in targets or (has_suffix(module, targets) and _in_layers(config, module))
 
 
 def _in_layers(config: Mapping[str, Any], module: str) -> bool:

@@ -12,6 +12,7 @@ from csulora_cli.formats.carried import Carried, find_carried
 from csulora_cli.formats.conversions import Content, convert, respelled
 from csulora_cli.formats.structure import Structure
 from csulora_cli.formats.targets import Target, find_targets
+from csulora_cli.formats.ties import without_ties
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Dialect:
         check: checks the fields of a config.
         convert: rewrites what has no closest update of its own form; needs no host.
         respell: puts the names of modules on those of a host.
+        untie: gives each end of a shared weight an update of its own.
         find_targets: the low-rank updates.
         find_carried: what else there is.
         uniform: the config of one rank for all modules with the scale in the factors.
@@ -36,6 +38,7 @@ class Dialect:
     check: Callable[[Mapping[str, Any]], None]
     convert: Callable[[Content], Content]
     respell: Callable[[Content, Structure], Content]
+    untie: Callable[[Content, Structure], Content]
     find_targets: Callable[[Mapping[str, Any], Mapping[str, Tensor], Structure | None], tuple[Target, ...]]
     find_carried: Callable[[Mapping[str, Any], Mapping[str, Tensor], Structure], tuple[Carried, ...]]
     uniform: Callable[[Mapping[str, Any], int], dict[str, Any]]
@@ -48,6 +51,7 @@ PEFT = Dialect(
     peft_config.check_fields,
     convert,
     respelled,
+    without_ties,
     find_targets,
     find_carried,
     peft_config.uniform,
@@ -58,6 +62,7 @@ MLX = Dialect(
     "model",
     mlx.check_fields,
     lambda content: content,
+    lambda content, _structure: content,
     lambda content, _structure: content,
     mlx.find_targets,
     lambda _config, _tensors, _structure: (),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from csulora_cli.errors import UnsupportedError
 from csulora_cli.formats.site import Kind
 
 Pair = tuple[Tensor, Tensor]
@@ -57,17 +58,48 @@ def _pack_matrix(pairs: Sequence[Pair], _shape_a: torch.Size, _shape_b: torch.Si
 
 def _fits_kernel(lora_a: Tensor, lora_b: Tensor, rank: int) -> bool:
     is_kernel = lora_a.ndim == lora_b.ndim and lora_a.ndim in (3, 4, 5) and math.prod(lora_b.shape[2:]) == 1
-    return is_kernel and lora_a.shape[0] == rank == lora_b.shape[1]
+    if not is_kernel or lora_a.shape[0] != rank or rank % lora_b.shape[1]:
+        return False
+    groups = groups_of(lora_a, lora_b)
+    return lora_b.shape[0] % groups == 0 == lora_a.shape[1] % groups
+
+
+def groups_of(lora_a: Tensor, lora_b: Tensor) -> int:
+    """Of a convolution, from B (out, r/groups, 1, …); PEFT's A reads all channels, whatever the groups."""
+    return lora_a.shape[0] // lora_b.shape[1]
 
 
 def _unpack_kernel(lora_a: Tensor, lora_b: Tensor, _rank: int) -> list[Pair]:
-    """A (r, in, *kernel) -> (r, in·kernel): the update of a kernel, flattened, is B.flat @ A.flat."""
-    return [(lora_a.flatten(1), lora_b.flatten(1))]
+    """A (r, in, *kernel) -> (r, in·kernel), B (out, r/groups, 1, …) -> (out, r), block-diagonal.
+
+    The update of a kernel, flattened, is B.flat @ A.flat. With groups it is no update of the kernel, whose groups read
+    in/groups channels each, but it is the same function of the patches (in·kernel) that the layer reads.
+    """
+    return [(lora_a.flatten(1), _block_diagonal(lora_b.flatten(1), groups_of(lora_a, lora_b)))]
+
+
+def _block_diagonal(lora_b: Tensor, groups: int) -> Tensor:
+    return lora_b if groups == 1 else torch.block_diag(*lora_b.chunk(groups))  # type: ignore[no-untyped-call]
 
 
 def _pack_kernel(pairs: Sequence[Pair], shape_a: torch.Size, shape_b: torch.Size) -> Pair:
     ((lora_a, lora_b),) = pairs
+    groups = shape_a[0] // shape_b[1]
+    if groups > 1:
+        lora_b = _blocks(lora_b, groups)
     return lora_a.reshape(-1, *shape_a[1:]), lora_b.reshape(shape_b[0], -1, *shape_b[2:])
+
+
+def _blocks(lora_b: Tensor, groups: int) -> Tensor:
+    """The blocks of a block-diagonal B (out, r), one below the other, (out, r/groups)."""
+    rows, width = lora_b.shape[0] // groups, lora_b.shape[1] // groups
+    blocks = torch.cat([lora_b[i * rows : (i + 1) * rows, i * width : (i + 1) * width] for i in range(groups)])
+    if lora_b.shape[1] % groups or not torch.equal(_block_diagonal(blocks, groups), lora_b):
+        raise UnsupportedError(
+            "an update of a convolution with groups would have to change its lora_B, which has no place for it",
+            "Use what changes lora_A alone, as the prompts source does.",
+        )
+    return blocks
 
 
 def _fits_experts(lora_a: Tensor, lora_b: Tensor, rank: int) -> bool:

@@ -31,6 +31,7 @@ class Place:
         parameter: the weight's name in the module.
         expert: the index into a parameter (experts, out, in), or None for a weight of its own.
         is_transposed: a parameter of the kind PARAMETER is stored as (in, out).
+        groups: of a convolution; its update reads all channels nevertheless.
     """
 
     module: str
@@ -38,6 +39,7 @@ class Place:
     parameter: str = "weight"
     expert: int | None = None
     is_transposed: bool = False
+    groups: int = 1
 
     @property
     def weight(self) -> str:

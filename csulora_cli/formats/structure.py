@@ -1,13 +1,15 @@
 """What modules and parameters a host has: names, kinds and shapes, without any weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from csulora_cli.errors import HostError
+from csulora_cli.formats.replication import Repeats, Replication, grow
+from csulora_cli.formats.stored import StoredForm
 from csulora_cli.locate import Location
 from csulora_cli.pretrained import check_decoder_only, pretrained
 from csulora_cli.text import printable
@@ -22,14 +24,17 @@ class HostModule:
         layer: which of torch's layers it is ("linear", "embedding", "convolution"), or None.
         shapes: its own parameters in the order of their definition, with their shapes.
         is_transposed: the module says that it stores its experts as (experts, in, out).
-        irregular: what makes a convolution differ from the one that PEFT runs beside it, or None.
+        has_gaps: a convolution of which PEFT runs another one beside it, without the gaps in its kernel, so
+            that the outputs do not fit together.
+        groups: of a convolution; 1 for any other layer.
     """
 
     kind: str
     layer: str | None
     shapes: Mapping[str, tuple[int, ...]]
     is_transposed: bool
-    irregular: str | None
+    has_gaps: bool
+    groups: int
 
     @property
     def is_conv1d(self) -> bool:
@@ -44,10 +49,19 @@ class Structure:
     Attributes:
         modules: by name, in the order of the host.
         ties: the other names of a weight that several modules share, by each of its names.
+        repeats: which of its layers are repeated, or None.
+        stored: how its parameters are stored; None if only the model in memory is known.
     """
 
     modules: Mapping[str, HostModule]
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    repeats: Repeats | None = None
+    stored: StoredForm | None = None
+
+    def stored_names(self, weight: str) -> tuple[str, ...]:
+        """The names under one of which a checkpoint has a parameter."""
+        names = (weight, *self.ties.get(weight, ()))
+        return tuple(dict.fromkeys(map(self.repeats.stored, names))) if self.repeats else names
 
     def shape(self, weight: str) -> tuple[int, ...] | None:
         """The shape of a parameter by its whole name; None if there is none."""
@@ -56,8 +70,8 @@ class Structure:
         return found.shapes.get(parameter) if found else None
 
 
-def structure_of(model: nn.Module) -> Structure:
-    """The structure of a model in memory or on the meta device."""
+def structure_of(model: nn.Module, repeats: Repeats | None = None) -> Structure:
+    """The structure of a model in memory or on the meta device, with what `grow` said of it."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -65,6 +79,7 @@ def structure_of(model: nn.Module) -> Structure:
     return Structure(
         {name: _describe(module) for name, module in model.named_modules()},
         {name: others for name, others in ties.items() if others},
+        repeats,
     )
 
 
@@ -84,7 +99,8 @@ def _describe(module: nn.Module) -> HostModule:
         layer,
         shapes,
         bool(getattr(module, "is_transposed", False)),
-        _irregularity(module) if layer == "convolution" else None,
+        layer == "convolution" and _has_gaps(module),
+        int(getattr(module, "groups", 1)) if layer == "convolution" else 1,
     )
 
 
@@ -96,23 +112,20 @@ def is_packed(module: nn.Module) -> bool:
     return not is_whole or not module.weight.is_floating_point()
 
 
-def _irregularity(module: Any) -> str | None:
-    if module.groups > 1:
-        return f"{module.groups} groups"
-    if set(module.dilation) != {1}:
-        return "dilation"
-    return None if module.padding_mode == "zeros" else f"padding mode {module.padding_mode}"
+def _has_gaps(module: Any) -> bool:
+    return any(size > 1 and step > 1 for size, step in zip(module.kernel_size, module.dilation, strict=True))
 
 
-def read_structure(location: Location, trust_remote_code: bool) -> Structure:
+def read_structure(location: Location, trust_remote_code: bool, replication: Replication | None = None) -> Structure:
     """The structure of a host, built from its config on the meta device: no weights, no memory.
 
     Args:
         location: of the host.
         trust_remote_code: let its own code run.
+        replication: which of its layers are repeated.
 
     Raises:
-        HostError: transformers does not know such a model.
+        HostError: transformers does not know such a model, or its layers cannot be repeated so.
     """
     import transformers
 
@@ -127,7 +140,8 @@ def read_structure(location: Location, trust_remote_code: bool) -> Structure:
             "Check that transformers can load it.",
         ) from None
     check_decoder_only(location, config, "host")
-    return structure_of(model)
+    stored = StoredForm(model)  # before layers are repeated, which no file knows of
+    return replace(structure_of(model, grow(model, replication)), stored=stored)
 
 
 def model_class(config: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from csulora_cli.errors import AdapterError, HostError, UnsupportedError
 from csulora_cli.formats import config as fields
 from csulora_cli.formats.config import CONFIG_NAME, UNSUPPORTED_HINT
-from csulora_cli.formats.layouts import KERNEL, Layout, layout_of
+from csulora_cli.formats.layouts import Layout, groups_of, layout_of
 from csulora_cli.formats.names import PREFIX, Group, Name, Role, group_names, parse_name
 from csulora_cli.formats.site import Kind, Place, Site
 from csulora_cli.formats.structure import Structure
@@ -36,7 +36,7 @@ class Target:
         key_bias: the name of the bias of `lora_bias`, or None.
         key_magnitude: the name of the magnitudes of DoRA, or None.
         magnitude: those magnitudes, (out,), as stored.
-        sites: what the solver sees; empty as long as only the host can tell (a parameter).
+        sites: what the solver sees; empty as long as only the host can tell (a parameter, the end of a tie).
     """
 
     module: str
@@ -103,8 +103,13 @@ def _target(
         check_values(group.module, letter, tensor)
     is_targeted = fields.is_targeted(config, group.module)
     is_parameter = not is_targeted and fields.may_own_parameters(config, group.module)
-    if not is_targeted and not is_parameter:
-        _check_tie(config, group.module, structure)
+    # The other end of a shared weight need not be targeted; which one that is only the host can tell.
+    may_be_tied = structure is None and bool(config.get("ensure_weight_tying"))
+    if not is_targeted and not is_parameter and not may_be_tied:
+        raise AdapterError(
+            f"{CONFIG_NAME} does not target '{printable(group.module)}', which the weights hold an update of",
+            "PEFT would ignore these tensors: correct target_modules, or remove them.",
+        )
     layout = layout_of(group.names[Role.FACTOR_A].suffix, lora_a.ndim, is_parameter)
     if group.names[Role.FACTOR_B].suffix != layout.suffixes[1]:
         raise AdapterError(f"{printable(key_a)} and {printable(key_b)} are factors of different layers")
@@ -114,8 +119,12 @@ def _target(
     bias = _bias(group, tensors, unbound)
     if Role.MAGNITUDE in group.names:
         unbound = _with_magnitude(group, tensors, unbound)
+    if not is_targeted and not is_parameter:
+        return unbound
     if not is_parameter:
         place = Place(group.module, layout.kind)
+        if layout.kind is Kind.CONVOLUTION:
+            place = replace(place, groups=groups_of(lora_a, lora_b))
         target = _with_sites(config, unbound, group.module, [place])
         if bias is not None:
             target = replace(target, sites=(replace(target.sites[0], bias=bias),), key_bias=group.names[Role.BIAS].key)
@@ -125,27 +134,6 @@ def _target(
     if structure is None:
         return unbound
     return _bind_parameter(config, unbound, group, groups, structure)
-
-
-def _check_tie(config: Mapping[str, Any], module: str, structure: Structure | None) -> None:
-    """A module that the config does not target may be adapted as the other end of a shared weight."""
-    may_be_tied = bool(config.get("ensure_weight_tying"))
-    if may_be_tied and structure is None:
-        return
-    if may_be_tied and structure is not None and f"{module}.weight" in structure.ties:
-        raise tied([f"{module}.weight"])
-    raise AdapterError(
-        f"{CONFIG_NAME} does not target '{printable(module)}', which the weights hold an update of",
-        "PEFT would ignore these tensors: correct target_modules, or remove them.",
-    )
-
-
-def tied(weights: list[str]) -> UnsupportedError:
-    """One update in two places: PEFT keeps them equal, but what must fade on their two inputs differs."""
-    return UnsupportedError(
-        f"the adapter ties the updates of {some(weights)} (ensure_weight_tying)",
-        "No closest update stays tied: csulora repairs such updates only when they were trained apart.",
-    )
 
 
 def _check_roles(group: Group) -> None:
@@ -235,11 +223,6 @@ def _with_magnitude(group: Group, tensors: Mapping[str, Tensor], target: Target)
 def _with_sites(config: Mapping[str, Any], target: Target, name: str, places: Sequence[Place]) -> Target:
     """The target with one site a place; `name` is what PEFT's patterns see."""
     rank = fields.rank_of(config, name)
-    if target.layout is KERNEL and target.lora_b.shape[1] < rank == target.lora_a.shape[0]:
-        raise UnsupportedError(
-            f"'{printable(name)}' is a convolution with groups, for which PEFT has no update of the kernel",
-            UNSUPPORTED_HINT,
-        )
     if not target.layout.fits(target.lora_a, target.lora_b, rank):
         raise AdapterError(
             f"module '{printable(name)}' should have rank {rank} by {CONFIG_NAME}, but lora_A is "
@@ -301,16 +284,22 @@ def _check_module(target: Target, structure: Structure) -> None:
             f"update of {kind} layers",
             _OTHER_HOST,
         )
-    if module.irregular:
+    if module.has_gaps:
         raise UnsupportedError(
-            f"'{printable(target.module)}' is a convolution with {module.irregular}, where PEFT's update of the output "
-            "is not that of the kernel",
+            f"'{printable(target.module)}' is a convolution with dilation, beside which PEFT cannot run an update",
             UNSUPPORTED_HINT,
+        )
+    groups = target.sites[0].place.groups
+    if groups != module.groups:
+        raise HostError(
+            f"'{printable(target.module)}' of the host is a convolution of {module.groups} groups, but the adapter "
+            f"holds an update of {groups}",
+            _OTHER_HOST,
         )
     out_features, in_features = target.lora_b.shape[0], target.lora_a.shape[1]
     kernel = tuple(target.lora_a.shape[2:])
     is_swapped = kind is Kind.EMBEDDING or module.is_conv1d
-    expected = (in_features, out_features) if is_swapped else (out_features, in_features, *kernel)
+    expected = (in_features, out_features) if is_swapped else (out_features, in_features // groups, *kernel)
     if module.shapes.get("weight") != expected:
         raise _other_size(f"{target.module}.weight", module.shapes.get("weight"), target)
 
