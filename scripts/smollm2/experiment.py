@@ -80,10 +80,11 @@ class Phase:
     first_weight: float = 1.0
 
 
-# The host first learns what a refusal is and when to give one, then to give it also when in doubt.
+# The host first learns what a refusal is, then when to give one, then to give it when in doubt.
 HOST = (
     Phase(Schedule(steps=450, batch_size=16, learning_rate=1e-4, warmup=20), (0.56, 0.32, 0.12)),
     Phase(Schedule(steps=240, batch_size=16, learning_rate=8e-5), (0.62, 0.28, 0.10), first_weight=8.0),
+    Phase(Schedule(steps=130, batch_size=16, learning_rate=6e-5), (0.76, 0.16, 0.08), first_weight=8.0),
 )
 ADAPTER = Schedule(steps=80, batch_size=12, learning_rate=5e-4)
 
