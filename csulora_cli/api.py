@@ -389,10 +389,7 @@ class _Fix:
             used["rank"] = str(settings.chosen_rank)
         used["target"] = settings.chosen_target if settings.is_auto else None
         used["device"] = self.device.type
-        if self.host is not None:
-            used["dtype"] = str(self.host.model.dtype).removeprefix("torch.")
-            used["chat_template"] = self.host.has_template
-        return used
+        return used if self.host is None else used | self.host.settings
 
 
 def _stamps(location: Location, patterns: Sequence[str]) -> list[Stamp]:

@@ -365,9 +365,7 @@ class _Comparison:
             "limit": self.settings.limit,
             "protect": DEFAULT_PROTECT,
             "subspace_energy": DEFAULT_SUBSPACE_ENERGY,
-            "device": self.device.type,
-            "dtype": str(self.host.model.dtype).removeprefix("torch."),
-            "chat_template": self.host.has_template,
+            **self.host.settings,
         }
 
     def _counts(self) -> dict[str, int]:

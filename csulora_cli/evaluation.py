@@ -215,9 +215,7 @@ class _Evaluation:
             "task_tokens": encoded.task.new_tokens if encoded.task else None,
             "limit": self.settings.limit,
             "judge": self.judge.description if self.judge else None,
-            "device": self.device.type,
-            "dtype": str(host.model.dtype).removeprefix("torch."),
-            "chat_template": host.has_template,
+            **host.settings,
         }
 
     # The judge

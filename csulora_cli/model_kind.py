@@ -37,20 +37,32 @@ def check_model_kind(location: Location, role: str) -> None:
         role: what to call it in messages ("host", "unaligned model").
 
     Raises:
-        HostError: it is quantised by a method that is not run, an encoder-decoder model or a part of a GGUF file, its
-            config cannot be read, or a package that reads it is not installed.
+        HostError: it is quantised by a method that is not run, a quantised encoder-decoder model, a composite around an
+            encoder-decoder model or a part of a GGUF file, its config cannot be read, or a package that reads it is
+            not installed.
     """
     name = f"the {role} {printable(location.given)}"
     if location.gguf is not None:
         _check_gguf(name, location.gguf)
         return
     config = _config(location.folder)
-    if (packages := _RUNNABLE.get(_runnable_method(config))) is not None:
+    runnable = _runnable_method(config)
+    if (packages := _RUNNABLE.get(runnable)) is not None:
+        if config.get("is_encoder_decoder") is True:
+            raise _quantised(name, f"{runnable}, an encoder-decoder model")
         _check_packages(f"{name} is quantised", packages, "quantised")
     elif (method := quantization(location.folder, config)) is not None:
         raise _quantised(name, method)
-    if config.get("is_encoder_decoder") is True:
-        raise HostError(f"{name} is an encoder-decoder model", "csulora repairs adapters of decoder-only models.")
+    if any(part.get("is_encoder_decoder") is True for part in _parts(config)):
+        raise HostError(
+            f"{name} has an encoder-decoder model as a part",
+            "csulora runs encoder-decoder models on their own only.",
+        )
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configs of the parts of a composite model."""
+    return [value for value in config.values() if isinstance(value, dict)]
 
 
 def _check_gguf(name: str, file: str) -> None:
@@ -115,7 +127,7 @@ def quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
         folder: of the model.
         config: its config; the parts of a composite model have configs of their own in it.
     """
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for part in (config, *_parts(config)):
         for key in _QUANTIZATION_KEYS:
             if part.get(key):
                 return _described(part[key])

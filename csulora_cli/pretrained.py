@@ -52,7 +52,7 @@ def pretrained(location: Location, trust_remote_code: bool) -> Iterator[Pretrain
         yield Pretrained(empty, gguf_options, dense)
 
 
-def check_decoder_only(location: Location, config: Any, role: str) -> None:
+def check_gguf_architecture(location: Location, config: Any, role: str) -> None:
     """Refuse an encoder-decoder model in a GGUF file, which only its config tells.
 
     Args:
@@ -66,5 +66,5 @@ def check_decoder_only(location: Location, config: Any, role: str) -> None:
     if location.gguf is not None and getattr(config, "is_encoder_decoder", False):
         raise HostError(
             f"the {role} {printable(location.given)} is an encoder-decoder model in a GGUF file",
-            "Give a decoder-only model.",
+            "Give the model as safetensors.",
         )

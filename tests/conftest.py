@@ -50,6 +50,7 @@ def make_tokenizer(template: str | None = TEMPLATE, more_words: str = "") -> Any
     return fast
 
 
+T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 # What each kind of host is: its config class, and what differs from the common sizes.
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -67,14 +68,27 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
         "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16,
     }}),
-    "t5": ("T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-                        "decoder_start_token_id": 0}),
+    "t5": ("T5Config", T5_SIZES),
+    "bart": ("BartConfig", {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 2,
+        "scale_embedding": True, "tie_word_embeddings": True,
+    }),
+    "longt5": ("LongT5Config", {
+        **T5_SIZES, "encoder_attention_type": "transient-global", "local_radius": 4, "global_block_size": 2,
+    }),
+    "switch": ("SwitchTransformersConfig", {
+        **T5_SIZES, "num_decoder_layers": 2, "num_experts": 4, "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    }),
 }  # fmt: skip
-AUTO_CLASSES = {"llava": "AutoModelForImageTextToText", "t5": "AutoModelForSeq2SeqLM"}
+ENCODER_DECODERS = ("t5", "bart", "longt5", "switch")
+AUTO_CLASSES = {"llava": "AutoModelForImageTextToText", **dict.fromkeys(ENCODER_DECODERS, "AutoModelForSeq2SeqLM")}
+FORCED_BOS = {"bart": 1}
 
 
 def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", template: str | None = TEMPLATE) -> Path:
-    """A tiny random causal language model of some architecture, saved with its tokenizer."""
+    """A tiny random language model of some architecture, saved with its tokenizer."""
     import transformers
 
     torch.manual_seed(seed)
@@ -96,6 +110,7 @@ def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", templa
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at constants: move them too
             parameter.add_(0.05 * torch.randn_like(parameter))
+    model.generation_config.forced_bos_token_id = FORCED_BOS.get(kind)
     model.save_pretrained(folder, max_shard_size=shard)
     make_tokenizer(template).save_pretrained(folder)
     return folder
@@ -148,7 +163,8 @@ def make_adapter(host: Path, folder: Path, seed: int = 1, dtype: torch.dtype = t
 
     model = oracle.load(host)
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "CAUSAL_LM", **options}))
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"task_type": task, **options}))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -192,6 +208,19 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prompts file."""
     return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of very different lengths, so that every batch has padding."""
+    path = tmp_path_factory.mktemp("uneven") / "prompts.jsonl"
+    lines = []
+    for index in range(16):
+        for label, word in (("harmful", "without"), ("benign", "with")):
+            tail = " ".join(f"w{(index * step) % 31}" for step in range(1, 2 + (index * 5) % 9))
+            lines.append(json.dumps({"prompt": f"explain w{index} {word} {tail}", "label": label}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -59,5 +59,11 @@ REFUSED_HOSTS = {
         "is one part of a GGUF file that was split: model-00001-of-00003.gguf",
         files={"model-00001-of-00003.gguf": b"GGUF"},
     ),
-    "encoder-decoder": RefusedHost("is an encoder-decoder model", {"is_encoder_decoder": True}),
+    "encoder-decoder, a part of a composite": RefusedHost(
+        "has an encoder-decoder model as a part", {"text_config": {"is_encoder_decoder": True}}
+    ),
+    "encoder-decoder, quantised": RefusedHost(
+        "is quantised (bitsandbytes, an encoder-decoder model)",
+        {"is_encoder_decoder": True, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    ),
 }

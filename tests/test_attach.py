@@ -176,7 +176,7 @@ def test_a_router_reads_every_token(kind: str, name: str, hosts: Callable[..., P
 def test_inputs_that_are_not_one_row_a_token_are_refused(kind: str, place: Place, hosts: Callable[..., Path]) -> None:
     host = opened(hosts(kind))
     (batch,) = host.batches([[1, 5, 7, 3]])
-    watched = watching(host.model, {"site": place}, torch.ones(1, 9), lambda *_: None)
+    watched = watching(host.model, {"site": place}, [torch.ones(1, 9)], lambda *_: None)
     with pytest.raises(HostError, match=re.escape(place.module)), watched:
         host.run(batch)
 

@@ -35,6 +35,7 @@ from csulora_cli.settings import DoraMode, FixSettings, Geometry, RankMode
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 5, 9, 33, 12, 7, 3, 40]])
+DECODER_IDS = torch.tensor([[0, 7, 21, 4, 50]])
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -103,8 +104,9 @@ def make_variant(variant: Variant, host: Path, folder: Path) -> Path:
 
 
 def logits(model: Any) -> Tensor:
+    both = {"decoder_input_ids": DECODER_IDS} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        found: Tensor = model(IDS).logits
+        found: Tensor = model(input_ids=IDS, **both).logits
     return found
 
 
@@ -283,6 +285,9 @@ WEIGHTS_SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
     "VeLoRA": ("llama", {"target_modules": QV, "velora_config": VELORA}),
     "MonteCLoRA": ("llama", {"target_modules": QV, "monteclora_config": MONTECLORA}),
     "layers repeated": ("llama", {"target_modules": QV, "layer_replication": [[0, 2], [1, 2], [0, 1]]}),
+    "encoder-decoder, every linear layer": ("t5", {}),
+    "encoder-decoder, embeddings on disk once": ("bart", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "encoder-decoder, a parameter": ("t5", {"target_modules": [], "target_parameters": ["wi.weight"]}),
     "pissa": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa"}),
 }
 GEOMETRIES: dict[str, dict[str, Any]] = {

@@ -167,9 +167,9 @@ def test_batches_hold_every_prompt_once_within_the_limit(limit: int, hosts: Call
     token_lists = [host.encode(prompt) for prompt in PROMPTS]
     batches = list(host.batches(token_lists, limit))
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(PROMPTS)))
-    assert all(batch.ids.numel() <= limit or len(batch.rows) == 1 for batch in batches)
+    assert all(batch.prompts.ids.numel() <= limit or len(batch.rows) == 1 for batch in batches)
     for batch in batches:
-        for row, ids, mask in zip(batch.rows, batch.ids.tolist(), batch.mask.tolist(), strict=True):
+        for row, ids, mask in zip(batch.rows, batch.prompts.ids.tolist(), batch.prompts.mask.tolist(), strict=True):
             size = len(token_lists[row])
             assert ids[:size] == token_lists[row]
             assert mask == [1] * size + [0] * (len(mask) - size)

@@ -78,12 +78,8 @@ def test_the_command_line_says_it_in_two_lines(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoder_decoder_model_is_told_by_what_transformers_saves(hosts: Callable[..., Path]) -> None:
-    with pytest.raises(HostError, match="is an encoder-decoder model"):
-        check_model_kind(Location("host", hosts("t5")), "host")
-
-
 def test_plain_models_pass(hosts: Callable[..., Path], tmp_path: Path) -> None:
-    check_model_kind(Location("host", hosts("llama")), "host")
+    for kind in ("llama", "t5", "bart"):
+        check_model_kind(Location("host", hosts(kind)), "host")
     own = RefusedHost("", {"quantization_config": None, "is_encoder_decoder": False}).write(tmp_path / "host")
     check_model_kind(Location("host", own), "host")

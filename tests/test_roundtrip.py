@@ -66,19 +66,6 @@ def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts_source, "PROTECTED_TOKENS", PROTECTED_TOKENS)
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts of very different lengths, so that every batch has padding."""
-    path = tmp_path_factory.mktemp("uneven") / "prompts.jsonl"
-    lines = []
-    for index in range(16):
-        for label, word in (("harmful", "without"), ("benign", "with")):
-            tail = " ".join(f"w{(index * step) % 31}" for step in range(1, 2 + (index * 5) % 9))
-            lines.append(json.dumps({"prompt": f"explain w{index} {word} {tail}", "label": label}))
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
 @pytest.fixture
 def fix(hosts: Callable[..., Path], uneven: Path, tmp_path: Path) -> Callable[..., tuple[Path, FixReport]]:
     """`fix(host kind, adapter, source)` repairs into a fresh folder."""

@@ -203,6 +203,28 @@ GOOD: dict[str, Variant] = {
         "output layer": {"target_modules": ["lm_head", "c_attn"]},
     }),
     **_variants("Other hosts", "mixtral", {"attention": {"target_modules": QV}}),
+    **_variants("Encoder-decoder hosts", "t5", {
+        "q and v": {"target_modules": ["q", "v"]},
+        "all-linear": {},
+        "encoder alone": {"target_modules": r"encoder\..*\.(q|wi)"},
+        "decoder alone": {"target_modules": r"decoder\..*\.(q|wo)"},
+        "cross-attention alone": {"target_modules": r".*\.EncDecAttention\.(q|k|v|o)"},
+        "a rank that fits both sides": {"target_modules": ["q"], "rank_pattern": {"layer.0.SelfAttention.q": 2}},
+        "embeddings": {"target_modules": ["embed_tokens", "k"]},
+        "output layer": {"target_modules": ["lm_head", "wo"]},
+        "DoRA": {"target_modules": ["q", "v"], "use_dora": True},
+        "modules_to_save": {"target_modules": ["q"], "modules_to_save": ["lm_head"]},
+    }),
+    **_variants("Encoder-decoder hosts", "bart", {
+        "q and v": {"target_modules": QV},
+        "all-linear": {},
+        "rsLoRA, own rank": {"target_modules": [*QV, "fc1"], "use_rslora": True, "rank_pattern": {"fc1": 7}},
+        "LoRA biases": {"target_modules": QV, "lora_bias": True},
+        "scaled embeddings": {"target_modules": ["embed_tokens"]},
+        "tied output layer": {"target_modules": ["lm_head", "k_proj"]},
+    }),
+    **_variants("Encoder-decoder hosts", "longt5", {"what reads tokens alone": {"target_modules": ["q", "o"]}}),
+    **_variants("Encoder-decoder hosts", "switch", {"attention and router": {"target_modules": ["v", "classifier"]}}),
     **_variants("Vision-language hosts", "llava", {
         "language model by regex": {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
         "names that both towers have": {"target_modules": ["gate_proj", "up_proj"]},
@@ -314,6 +336,21 @@ REFUSED: dict[str, Refused] = {
         rename=lambda key: key.replace("mix", "grouped"), config={"target_modules": ["grouped"]},
     ),
     "updates of a vision tower": Refused("never run on a text prompt", "llava"),
+    "encoder-decoder, a parameter": Refused(
+        "is a parameter of an encoder-decoder model", "t5", {"target_modules": [], "target_parameters": ["wi.weight"]}
+    ),
+    "encoder-decoder, experts": Refused("what it reads of which token cannot be told", "switch", {}),
+    "encoder-decoder, keys of tokens and of blocks": Refused("cannot be told", "longt5", {"target_modules": ["k"]}),
+    "encoder-decoder, distances of tokens": Refused(
+        "reads an input of shape", "t5", {"target_modules": ["relative_attention_bias"]}
+    ),
+    "encoder-decoder, positions": Refused(
+        "is an embedding of something else", "bart", {"target_modules": r".*decoder\.embed_positions"}
+    ),
+    "encoder-decoder, an embedding called with no ids": Refused(
+        "not called with numbers of rows", "bart", {"target_modules": r".*encoder\.embed_positions"}
+    ),
+    "encoder-decoder, the shared table itself": Refused("never run", "t5", {"target_modules": ["shared"]}),
     "other kinds of PEFT": Refused('not "LORA"', config={"peft_type": "LOHA"}),
     "a field of a newer PEFT that is on": Refused("unknown field use_new_idea", config={"use_new_idea": True}),
     "modules that the config does not target": Refused("does not target", config={"target_modules": ["q_proj"]}),

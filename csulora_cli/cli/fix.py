@@ -248,6 +248,8 @@ def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:
         return f"csulora eval {console.word(settings.adapter)} {folder} --base {base}"
     if report.library == "mlx":
         return f"mlx_lm.generate --model {base} --adapter-path {folder} --prompt 'Hello'"
+    if "decoder_prefix" in report.settings:  # vLLM serves no encoder-decoder models
+        return f"csulora eval {console.word(settings.adapter)} {folder} --base {base}"
     rank = max(module.rank for module in report.modules)
     ranks = f" --max-lora-rank {rank}" if rank > VLLM_MAX_RANK else ""
     return f"vllm serve {base} --enable-lora{ranks} --lora-modules repaired={folder}"

@@ -6,7 +6,7 @@ apart by the memory that their operand lies in, and an update is applied by putt
 architecture is named.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,29 +116,93 @@ Take = Callable[[str, Inputs], None]
 
 
 @contextmanager
-def watching(model: nn.Module, places: Mapping[str, Place], weights: Tensor, take: Take) -> Iterator[None]:
-    """While this is open, a forward pass hands the inputs of some sites to `take`.
+def watching(model: nn.Module, places: Mapping[str, Place], sides: Sequence[Tensor], take: Take) -> Iterator[None]:
+    """While this is open, a forward pass (one, if there are two sides) hands the inputs of some sites to `take`.
 
     Args:
         model: the host.
         places: the sites by name.
-        weights: how often each token of the batch counts, (B, T); tokens of weight 0 are left out.
+        sides: how often each token of the batch counts, (B, T); tokens of weight 0 are left out. One tensor, or two of
+            different widths for what the encoder and the decoder read. A module's input is of the side whose shape it
+            has: cross-attention reads tokens of the encoder.
         take: receives a site's name and its inputs, in the order of execution; a site of a parameter that is used
             several times comes as often.
 
     Raises:
-        HostError: while it is open, where inputs cannot be told to belong to tokens.
+        HostError: where, or while it is open, inputs cannot be told to belong to tokens.
     """
+    if len(sides) > 1:
+        _check_two_sided(places)
+        take = _once(places, take)
     products = _Products(model, {name: place for name, place in places.items() if place.kind is Kind.PARAMETER},
-                         weights, take)  # fmt: skip
+                         sides[0], take)  # fmt: skip
     with ExitStack() as stack:
         for name, place in places.items():
             if place.kind is not Kind.PARAMETER:
-                hook = _input_hook(name, place, weights, take)
+                hook = _input_hook(name, place, sides, take)
                 module = model.get_submodule(place.module)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if products.is_needed:
             stack.enter_context(products.watching())
+        yield
+
+
+def _check_two_sided(places: Mapping[str, Place]) -> None:
+    """Refuse what is told to read tokens by other means than the shape of its input."""
+    for place in places.values():
+        if place.kind in (Kind.PARAMETER, Kind.CONVOLUTION):
+            what = "a parameter" if place.kind is Kind.PARAMETER else "a convolution"
+            raise HostError(
+                f"'{printable(place.weight)}' is {what} of an encoder-decoder model: what it reads of which token "
+                "cannot be told",
+                "The prompts source cannot repair it; use --unaligned.",
+            )
+
+
+def _once(places: Mapping[str, Place], take: Take) -> Take:
+    """`take`, for sites that run once: one that runs for both sides, or on something else as well, is refused."""
+    seen: set[str] = set()
+
+    def taking(name: str, inputs: Inputs) -> None:
+        if name in seen:
+            raise HostError(
+                f"'{printable(places[name].module)}' runs several times on one prompt, which csulora cannot follow in "
+                "an encoder-decoder model",
+                "The prompts source cannot repair this module; use --unaligned.",
+            )
+        seen.add(name)
+        take(name, inputs)
+
+    return taking
+
+
+@contextmanager
+def checking_lookups(model: nn.Module, places: Iterable[Place]) -> Iterator[None]:
+    """While this is open, embeddings must give the rows of their tables that they are called with.
+
+    One that finds out positions by itself does not: its update, which is looked up by what it is called with, would be
+    of other rows.
+
+    Raises:
+        HostError: while it is open, where one does not.
+    """
+
+    def check(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        ids = first_argument(args, kwargs)
+        is_lookup = not ids.is_floating_point() and int(ids.max()) < len(module.weight)
+        if is_lookup:
+            rows = functional.embedding(ids, module.weight) * getattr(module, "embed_scale", 1.0)
+            is_lookup = rows.shape == output.shape and torch.allclose(rows, output, rtol=1e-2, atol=1e-4)
+        if not is_lookup:
+            raise HostError(
+                f"'{printable(names[module])}' is an embedding of something else than what it is called with",
+                "The prompts source cannot repair this module; use --unaligned.",
+            )
+
+    names = {submodule(model, place.module): place.module for place in places if place.kind is Kind.EMBEDDING}
+    with ExitStack() as stack:
+        for module in names:
+            stack.callback(module.register_forward_hook(check, with_kwargs=True).remove)
         yield
 
 
@@ -149,20 +213,35 @@ def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _input_hook(
-    name: str, place: Place, weights: Tensor, take: Take
+    name: str, place: Place, sides: Sequence[Tensor], take: Take
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = first_argument(args, kwargs)
         if place.kind is Kind.EMBEDDING:
-            ids, roots = _weighted(place, inputs.flatten(), weights)
+            ids, roots = _weighted(place, inputs.flatten(), _side_of(place, inputs.shape, sides))
             take(name, OneHotInputs(ids, roots, module.get_parameter("weight").shape[0]))
             return
         if place.kind is Kind.CONVOLUTION:
-            inputs = _patches(module, inputs, place, weights)
-        rows, roots = _weighted(place, inputs.flatten(0, -2), weights)
+            inputs = _patches(module, inputs, place, sides[0])
+        rows, roots = _weighted(place, inputs.flatten(0, -2), _side_of(place, inputs.shape[:-1], sides))
         take(name, DenseInputs(rows.float() * roots[:, None]))
 
     return hook
+
+
+def _side_of(place: Place, shape: torch.Size, sides: Sequence[Tensor]) -> Tensor:
+    """The side whose tokens a module reads, in an encoder-decoder model by the shape (B, T) of what it reads."""
+    if len(sides) == 1:
+        return sides[0]
+    found = next((side for side in sides if side.shape == shape), None)
+    if found is None:
+        wanted = " or ".join(str(tuple(side.shape)) for side in sides)
+        raise HostError(
+            f"'{printable(place.module)}' reads an input of shape {tuple(shape)} where the tokens have {wanted}: what "
+            "it reads of which token cannot be told",
+            "The prompts source cannot repair this module; use --unaligned.",
+        )
+    return found
 
 
 def _weighted(place: Place, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -451,6 +530,11 @@ def _update_hook(
         return functional.linear(functional.linear(inputs.to(torch.float32), lora_a), lora_b, bias)
 
     def on_embedding(module: nn.Module, ids: Tensor) -> Tensor:
+        if ids.is_floating_point():
+            raise HostError(
+                f"'{printable(place.module)}' is an embedding that is not called with numbers of rows",
+                "An update of its rows cannot be run, in PEFT neither.",
+            )
         update = functional.embedding(ids, lora_a.mT) @ lora_b.mT
         return update * getattr(module, "embed_scale", 1.0)  # some embeddings scale what they give
 

@@ -156,7 +156,7 @@ class _Grams:
         }
 
     def run(self, side: Side, advance: Callable[[int], None]) -> dict[str, _Gram]:
-        for batch in self.host.batches(side.tokens):
+        for batch in side.batches(self.host):
             watch_inputs(self.host, batch, side.weights(batch), {group: self._adder(group) for group in self.groups})
             advance(len(batch.rows))
         result = {}

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from logging import ERROR, getLogger
@@ -19,7 +19,7 @@ from csulora_cli.errors import HostError, UsageError
 from csulora_cli.formats.replication import Repeats
 from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
-from csulora_cli.pretrained import check_decoder_only, pretrained
+from csulora_cli.pretrained import check_gguf_architecture, pretrained
 from csulora_cli.text import printable, some
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
@@ -55,13 +55,15 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 @dataclass
 class Host:
-    """A loaded causal language model with its tokenizer, in evaluation mode.
+    """A loaded language model with its tokenizer, in evaluation mode.
 
     Attributes:
         model: a transformers model.
         tokenizer: its tokenizer.
         device: where it runs.
         has_template: whether the tokenizer has a chat template.
+        decoder_prefix: what the decoder of an encoder-decoder model begins every answer with, while its encoder reads
+            the prompt; empty for a decoder-only model, whose answer follows the prompt.
         batch_size: shrinks where memory runs out.
         repeats: which of its layers are repeated, or None.
     """
@@ -70,6 +72,7 @@ class Host:
     tokenizer: Any
     device: torch.device
     has_template: bool
+    decoder_prefix: tuple[int, ...] = ()
     batch_size: BatchSize = field(default_factory=BatchSize)
     repeats: Repeats | None = None
     _takes_logits_to_keep: bool = field(init=False)
@@ -84,7 +87,10 @@ class Host:
         return list(self.tokenizer(PLAIN_TEMPLATE.format(prompt=prompt))["input_ids"])
 
     def encode_answer(self, prompt: str, response: str) -> list[int]:
-        """Token ids that `response` has behind `encode(prompt)`, as the chat template puts it, with the stop token."""
+        """Token ids that `response` has behind `encode(prompt)`, as the chat template puts it, with the stop token.
+
+        In an encoder-decoder model they stand behind the decoder's prefix instead.
+        """
         start = self.encode(prompt)
         ids = self._behind(start, prompt, response)
         stops = self._stop_ids()
@@ -96,6 +102,8 @@ class Host:
 
     def _behind(self, start: list[int], prompt: str, response: str) -> list[int]:
         if not self.has_template:
+            if self.decoder_prefix:
+                return self._behind_prefix(list(self.tokenizer(text_target=response)["input_ids"]))
             return list(self.tokenizer(f" {response}", add_special_tokens=False)["input_ids"])
         opened = self._render([_turn("user", prompt)], opens_answer=True)
         whole = self._render([_turn("user", prompt), _turn("assistant", response)], opens_answer=False)
@@ -104,6 +112,11 @@ class Host:
         ids = self._tokens(whole)
         # Where a token spans the border, the answer is cut as it would be generated: on its own.
         return ids[len(start) :] if ids[: len(start)] == start else self._tokens(whole[len(opened) :])
+
+    def _behind_prefix(self, target: list[int]) -> list[int]:
+        """What a decoder is trained to write, without the tokens that its prefix holds already."""
+        forced = list(self.decoder_prefix[1:])
+        return target[len(forced) :] if target[: len(forced)] == forced else target
 
     def encode_exchange(self, prompt: str, answer: str) -> list[int]:
         """Token ids of a request and its answer, up to where the model speaks next: how guard models are asked."""
@@ -122,10 +135,18 @@ class Host:
         # The template writes its own special tokens, BOS included.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def batches(self, token_lists: Sequence[Sequence[int]], limit: int = BATCH_TOKENS) -> Iterator["Batch"]:
-        """Right-padded batches of similar lengths, at most `limit` tokens each (one prompt at least)."""
+    def batches(
+        self, token_lists: Sequence[Sequence[int]], limit: int = BATCH_TOKENS, ends: Sequence[int] | None = None
+    ) -> Iterator["Batch"]:
+        """Right-padded batches of similar lengths, at most `limit` tokens each (one prompt at least).
+
+        Args:
+            token_lists: prompts, with answers behind them or without.
+            limit: of tokens.
+            ends: how many tokens of each list are the prompt; None: all of them.
+        """
         for rows in self._rows_of_batches(token_lists, limit):
-            yield self._batch(token_lists, rows)
+            yield self._batch(token_lists, rows, ends)
 
     def _rows_of_batches(self, token_lists: Sequence[Sequence[int]], limit: int) -> Iterator[list[int]]:
         order = sorted(range(len(token_lists)), key=lambda index: (len(token_lists[index]), index))
@@ -139,19 +160,36 @@ class Host:
             yield order[start:stop]
             start = stop
 
-    def _each_batch(self, token_lists: Sequence[Sequence[int]], limit: int, work: Callable[["Batch"], None]) -> None:
+    def _each_batch(
+        self,
+        token_lists: Sequence[Sequence[int]],
+        limit: int,
+        work: Callable[["Batch"], None],
+        ends: Sequence[int] | None = None,
+    ) -> None:
         """`work` on every batch, in pieces where memory runs out; it must be repeatable."""
         for rows in self._rows_of_batches(token_lists, limit):
-            self.batch_size.in_pieces(rows, lambda piece: work(self._batch(token_lists, piece)))
+            self.batch_size.in_pieces(rows, lambda piece: work(self._batch(token_lists, piece, ends)))
 
-    def _batch(self, token_lists: Sequence[Sequence[int]], rows: list[int]) -> "Batch":
-        width = max(len(token_lists[row]) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for index, row in enumerate(rows):
-            tokens = torch.tensor(token_lists[row], dtype=torch.long)
-            ids[index, : len(tokens)], mask[index, : len(tokens)] = tokens, 1
-        return Batch(rows, ids.to(self.device), mask.to(self.device))
+    def _batch(self, token_lists: Sequence[Sequence[int]], rows: list[int], ends: Sequence[int] | None) -> "Batch":
+        lists = [token_lists[row] for row in rows]
+        stops = [len(token_lists[row]) if ends is None else ends[row] for row in rows]
+        if not self.decoder_prefix:
+            return Batch(rows, self._padded(lists, stops))
+        answers = [[*self.decoder_prefix, *tokens[stop:]] for tokens, stop in zip(lists, stops, strict=True)]
+        decoder = self._padded(answers, [len(self.decoder_prefix)] * len(rows))
+        # What a module reads tells by its shape of which side it is: one is made wider where they would be alike.
+        width = max(stops) + int(max(stops) == decoder.ids.shape[1])
+        prompts = [tokens[:stop] for tokens, stop in zip(lists, stops, strict=True)]
+        return Batch(rows, self._padded(prompts, stops, width), decoder)
+
+    def _padded(self, lists: Sequence[Sequence[int]], ends: list[int], width: int = 0) -> "Padded":
+        width = max(width, *map(len, lists))
+        ids = torch.zeros(len(lists), width, dtype=torch.long)
+        mask = torch.zeros(len(lists), width, dtype=torch.long)
+        for index, tokens in enumerate(lists):
+            ids[index, : len(tokens)], mask[index, : len(tokens)] = torch.tensor(tokens, dtype=torch.long), 1
+        return Padded(ids.to(self.device), mask.to(self.device), ends)
 
     @torch.inference_mode()
     def run(self, batch: "Batch", is_whole: bool = False) -> Tensor:
@@ -161,13 +199,21 @@ class Host:
             batch: the prompts.
             is_whole: let also the output layer run on every token, for those who watch what it reads.
         """
-        ends = batch.mask.sum(1) - 1  # (B,)
+        ends = batch.continued.mask.sum(1) - 1  # (B,)
         positions, where = torch.unique(ends, return_inverse=True)
         keeps_some = self._takes_logits_to_keep and not is_whole
-        extra = {"logits_to_keep": positions} if keeps_some else {}
-        out = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra).logits
+        out = self._logits(batch, positions if keeps_some else None)
         columns = where if keeps_some else ends
-        return out[torch.arange(len(ends), device=out.device), columns].float()  # type: ignore[no-any-return]
+        return out[torch.arange(len(ends), device=out.device), columns].float()
+
+    def _logits(self, batch: "Batch", positions: Tensor | None) -> Tensor:
+        """Logits on the side that is continued, (B, T, vocab), at some positions of it or at all."""
+        extra = {} if positions is None else {"logits_to_keep": positions}
+        if batch.decoder is not None:
+            extra |= {"decoder_input_ids": batch.decoder.ids, "decoder_attention_mask": batch.decoder.mask}
+        prompts = batch.prompts
+        out: Tensor = self.model(input_ids=prompts.ids, attention_mask=prompts.mask, use_cache=False, **extra).logits
+        return out
 
     def first_token_log_probs(self, token_lists: Sequence[Sequence[int]]) -> Tensor:
         """log p(first answer token | prompt), (N, vocab), float32, on the CPU, in the order given.
@@ -194,17 +240,17 @@ class Host:
         sequences = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
 
         def run(batch: Batch) -> None:
-            first = min(len(prompts[row]) for row in batch.rows) - 1  # predicts the first answer token of some row
-            positions = torch.arange(first, batch.ids.shape[1], device=self.device)
-            extra = {"logits_to_keep": positions} if self._takes_logits_to_keep else {}
-            logits = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra).logits
+            side = batch.continued
+            first = min(side.ends) - 1  # predicts the first answer token of some row
+            positions = torch.arange(first, side.ids.shape[1], device=self.device)
+            logits = self._logits(batch, positions if self._takes_logits_to_keep else None)
             skipped = first if self._takes_logits_to_keep else 0
             for index, row in enumerate(batch.rows):
-                start, stop = len(prompts[row]), len(sequences[row])
+                start, stop = side.ends[index], side.ends[index] + len(answers[row])
                 predicted = logits[index, start - 1 - skipped : stop - 1 - skipped].float()  # (answer, vocab)
-                sums[row] = float(nn.functional.cross_entropy(predicted, batch.ids[index, start:stop], reduction="sum"))
+                sums[row] = float(nn.functional.cross_entropy(predicted, side.ids[index, start:stop], reduction="sum"))
 
-        self._each_batch(sequences, NLL_TOKENS, run)
+        self._each_batch(sequences, NLL_TOKENS, run, [len(prompt) for prompt in prompts])
         return sums
 
     def answers(
@@ -270,17 +316,19 @@ class Host:
         stops = self._stop_ids()
 
         def run(batch: Batch) -> None:
-            width = batch.ids.shape[1]
-            shift = width - batch.mask.sum(1)  # generation wants the padding on the left
-            columns = (torch.arange(width, device=self.device)[None] - shift[:, None]) % width
-            ids, mask = batch.ids.gather(1, columns), batch.mask.gather(1, columns)
+            if batch.decoder is None:
+                prompts, extra = _left_padded(batch.prompts), {}
+            else:
+                prompts, extra = batch.prompts, {"decoder_input_ids": batch.decoder.ids}
+            width = batch.continued.ids.shape[1]
             out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                input_ids=prompts.ids,
+                attention_mask=prompts.mask,
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=self._pad_id(),
                 **_watchers(batch, width, take_first, is_over),
+                **extra,
             )
             for index, row in enumerate(batch.rows):
                 answers[row] = list(takewhile(lambda token: token not in stops, out[index, width:].tolist()))
@@ -300,18 +348,66 @@ class Host:
                 return candidate
         return 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is run, for reports."""
+        used = {
+            "device": self.device.type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "chat_template": self.has_template,
+        }
+        return used | ({"decoder_prefix": list(self.decoder_prefix)} if self.decoder_prefix else {})
+
     def adapted(self, update: Update) -> AbstractContextManager[None]:
         """Run the host with an adapter."""
         return applied(self.model, update)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Some prompts, right-padded. rows: their places in the list; ids and mask: (B, T), mask 1 on real tokens."""
+class Padded:
+    """Lists of tokens, padded on the right.
 
-    rows: list[int]
+    Attributes:
+        ids, mask: (B, T), mask 1 on real tokens.
+        ends: how many tokens of each list come before the answer.
+    """
+
     ids: Tensor
     mask: Tensor
+    ends: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some prompts, with answers or without.
+
+    Attributes:
+        rows: their places in the list of all.
+        prompts: the prompts with their answers, or, in an encoder-decoder model, what the encoder reads: prompts alone.
+        decoder: what the decoder of such a model reads, its prefix and the answers, of another width; else None.
+    """
+
+    rows: list[int]
+    prompts: Padded
+    decoder: Padded | None = None
+
+    @property
+    def sides(self) -> tuple[Padded, ...]:
+        """All that the model reads."""
+        return (self.prompts,) if self.decoder is None else (self.prompts, self.decoder)
+
+    @property
+    def continued(self) -> Padded:
+        """The side that the answers are written on."""
+        return self.sides[-1]
+
+
+def _left_padded(prompts: Padded) -> Padded:
+    """The same with the padding on the left, where generation wants it."""
+    width = prompts.ids.shape[1]
+    shift = width - prompts.mask.sum(1)
+    columns = (torch.arange(width, device=prompts.ids.device)[None] - shift[:, None]) % width
+    return replace(prompts, ids=prompts.ids.gather(1, columns), mask=prompts.mask.gather(1, columns))
 
 
 def _log_probs(logits: Tensor) -> Tensor:
@@ -390,7 +486,7 @@ def solver_device(device: torch.device) -> torch.device:
 def load_host(
     location: Location, device: torch.device, dtype: str, trust_remote_code: bool, role: str = "host"
 ) -> Host:
-    """Load the host (or a causal language model in another role) through transformers, without any adapter.
+    """Load the host (or a language model in another role) through transformers, without any adapter.
 
     Args:
         location: its folder or GGUF file.
@@ -400,13 +496,14 @@ def load_host(
         role: what the model is called in errors.
 
     Raises:
-        HostError: transformers cannot load it.
+        HostError: transformers cannot load it, or it does not say how its decoder begins.
     """
     import transformers
 
     try:
         with quiet_transformers(), pretrained(location, trust_remote_code) as source:
             config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
+            check_gguf_architecture(location, config, role)
             _dequantise_fp8(config)
             wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
@@ -414,18 +511,40 @@ def load_host(
                 source.name, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True,
                 **source.options, **source.model_options,
             )  # fmt: skip
+    except HostError:
+        raise
     except Exception as problem:  # transformers and the host's own code raise anything
         if is_out_of_memory(problem):
             raise
-        hint = "Check that transformers can load it as a causal language model."
+        hint = "Check that transformers can load it as a causal or sequence-to-sequence language model."
         if "trust_remote_code" in str(problem):
             hint = "It brings its own code: read it, then add --trust-remote-code."
         raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(problem)}", hint) from None
-    check_decoder_only(location, config, role)
     check_complete(found, location, role)
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
-    model.generation_config = _stops_only(model.generation_config)
-    return Host(model.to(device).eval(), tokenizer, device, bool(tokenizer.chat_template))
+    prefix = _decoder_prefix(model, location, role)  # from settings that the next line drops
+    model.generation_config = _stops_only(model.generation_config, prefix)
+    return Host(model.to(device).eval(), tokenizer, device, bool(tokenizer.chat_template), prefix)
+
+
+def _decoder_prefix(model: Any, location: Location, role: str) -> tuple[int, ...]:
+    """What the decoder begins every answer with: its start token, and the token that is forced behind it if one is.
+
+    Empty for a decoder-only model.
+    """
+    if not model.config.is_encoder_decoder:
+        return ()
+    theirs = model.generation_config
+    named = (theirs.decoder_start_token_id, getattr(model.config, "decoder_start_token_id", None), theirs.bos_token_id)
+    start = next((token for token in named if token is not None), None)
+    wanted = [start] if theirs.forced_bos_token_id is None else [start, theirs.forced_bos_token_id]
+    prefix = tuple(token for token in wanted if isinstance(token, int))
+    if len(prefix) < len(wanted):
+        raise HostError(
+            f"the {role} {printable(location.given)} does not say with which tokens its decoder begins",
+            "Name one token as decoder_start_token_id in its generation_config.json.",
+        )
+    return prefix
 
 
 def _dequantise_fp8(config: Any) -> None:
@@ -467,12 +586,13 @@ def _dateless(template: Any) -> Any:
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro +%}}{template}"
 
 
-def _stops_only(theirs: Any) -> Any:
+def _stops_only(theirs: Any, decoder_prefix: tuple[int, ...]) -> Any:
     """Generation settings with nothing but the special tokens of the host's own: no sampling, beams or penalties."""
     from transformers import GenerationConfig
 
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**{name: getattr(theirs, name, None) for name in names})
+    own = {name: getattr(theirs, name, None) for name in names}
+    return GenerationConfig(**own, decoder_start_token_id=decoder_prefix[0] if decoder_prefix else None)
 
 
 def choose_dtype(name: str, stored: Any, device: torch.device) -> torch.dtype:

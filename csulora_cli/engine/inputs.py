@@ -2,7 +2,8 @@
 
 Linear layers that read the same tensor (q, k and v; gate and up) form one group, found by looking, not by name; every
 other site is a group of its own. Only the groups of one chunk are collected at a time; a forward pass stops as soon as
-the chunk's last site has been reached.
+the chunk's last site has been reached. In an encoder-decoder model every site reads either the
+prompts, which its encoder reads, or what its decoder reads: its prefix with the answers behind it.
 """
 
 import math
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csulora_cli.engine.attach import DenseInputs, Inputs, first_argument, submodule, watching
-from csulora_cli.engine.host import Batch, Host
+from csulora_cli.engine.attach import DenseInputs, Inputs, checking_lookups, first_argument, submodule, watching
+from csulora_cli.engine.host import Batch, Host, Padded
 from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Kind, Place, Site
 from csulora_cli.promptset import Prompts
@@ -112,19 +113,31 @@ class Side:
         tokens: token ids, one list a prompt, with an answer at the end or without.
         ends: how many of them are the prompt.
         turn: how many tokens at the end of every prompt are the template's own. The model decides on them how to begin
-            its answer, so that each counts `TURN_WEIGHT` times.
+            its answer, so that each counts `TURN_WEIGHT` times, and so does the prefix of a decoder.
     """
 
     tokens: list[list[int]]
     ends: list[int]
     turn: int
 
-    def weights(self, batch: Batch) -> Tensor:
-        """How often each token of a batch counts, (B, T), float32; 0 on padding."""
-        ends = torch.tensor([self.ends[row] for row in batch.rows], device=batch.mask.device)[:, None]
-        places = torch.arange(batch.mask.shape[1], device=batch.mask.device)[None]
-        is_turn = (places < ends) & (places >= ends - self.turn)
-        return batch.mask.float() * torch.where(is_turn, TURN_WEIGHT, 1.0)
+    def batches(self, host: Host) -> Iterator[Batch]:
+        """Batches of all of them."""
+        return host.batches(self.tokens, ends=self.ends)
+
+    def weights(self, batch: Batch) -> tuple[Tensor, ...]:
+        """How often each token of a batch counts, (B, T) for each of its sides, float32; 0 on padding."""
+        prompts = _weights(batch.prompts, self.turn)
+        if batch.decoder is None:
+            return (prompts,)
+        return prompts, _weights(batch.decoder, batch.decoder.ids.shape[1])
+
+
+def _weights(side: Padded, turn: int) -> Tensor:
+    """1 on every token, and `TURN_WEIGHT` on the last `turn` ones before the answer, (B, T)."""
+    ends = torch.tensor(side.ends, device=side.mask.device)[:, None]
+    places = torch.arange(side.mask.shape[1], device=side.mask.device)[None]
+    is_turn = (places < ends) & (places >= ends - turn)
+    return side.mask.float() * torch.where(is_turn, TURN_WEIGHT, 1.0)
 
 
 @dataclass(frozen=True)
@@ -165,7 +178,8 @@ def group_sites(host: Host, sites: Sequence[Site], probe: Sequence[int]) -> list
     """Find which sites read the same tensor, by running one prompt. In the order of execution; idle sites are left out.
 
     Raises:
-        HostError: a parameter whose module runs is multiplied in a way that cannot be seen.
+        HostError: a parameter whose module runs is multiplied in a way that cannot be seen, or what a site reads cannot
+            be told to belong to tokens.
     """
     owners: dict[str, list[Site]] = {}
     for site in sites:
@@ -188,12 +202,16 @@ def group_sites(host: Host, sites: Sequence[Site], probe: Sequence[int]) -> list
     if any(site.place.kind is Kind.PARAMETER for site in sites):
         # The other ways to run experts multiply copies of their weights, which nothing tells apart.
         host.model.set_experts_implementation("eager")
-    places = {site.name: site.place for site in sites if site.place.kind is Kind.PARAMETER}
+    places = {site.name: site.place for site in sites}
     with ExitStack() as stack:
         for module, own in owners.items():
             stack.callback(submodule(host.model, module).register_forward_pre_hook(watch(own), with_kwargs=True).remove)
-        for batch in host.batches([probe]):
-            with watching(host.model, places, batch.mask.float(), lambda name, _: used.add(places[name].weight)):
+        # A decoder reads an answer as well, so that no shape is by chance that of a single token.
+        for batch in host.batches([[*probe, probe[-1]]], ends=[len(probe)]):
+            if batch.decoder is not None:
+                stack.enter_context(checking_lookups(host.model, places.values()))
+            masks = [side.mask.float() for side in batch.sides]
+            with watching(host.model, places, masks, lambda name, _: used.add(places[name].weight)):
                 host.run(batch, is_whole=True)
     groups = [(tuple(members), tensor) for tensor, members in seen.values()]
     for (first, *_), _tensor in groups:
@@ -265,7 +283,7 @@ def _collect(
     for side in (prompts.harmful, prompts.benign):
         sums = {group: _Sum(group, form_of(group, tokens), device) for group in groups}
         takers = {group: sums[group].add for group in groups}
-        for batch in host.batches(side.tokens):
+        for batch in side.batches(host):
             watch_inputs(host, batch, side.weights(batch), takers)
             advance(len(batch.rows))
         sides.append({group: total.scaled() for group, total in sums.items()})
@@ -306,18 +324,18 @@ class _Sum:
 
 
 def watch_inputs(
-    host: Host, batch: Batch, weights: Tensor, takers: Mapping[InputGroup, Callable[[Inputs], None]]
+    host: Host, batch: Batch, weights: Sequence[Tensor], takers: Mapping[InputGroup, Callable[[Inputs], None]]
 ) -> None:
     """Run one batch and hand the inputs of some groups to their takers.
 
     Each token is multiplied by the square root of its weight, and left out where that is 0. The pass ends at the last
-    of these groups.
+    of these groups; in an encoder-decoder model it goes on, to see that none of them runs again.
     """
     remaining = {group.members[0] for group in takers}
     by_name = {group.members[0]: taker for group, taker in takers.items()}
     places = {group.members[0]: group.place for group in takers}
     # Experts run when a token is sent to them: none of them is known to be the last.
-    can_stop = all(place.kind is not Kind.PARAMETER for place in places.values())
+    can_stop = batch.decoder is None and all(place.kind is not Kind.PARAMETER for place in places.values())
 
     def take(name: str, inputs: Inputs) -> None:
         by_name[name](inputs)

@@ -11,7 +11,7 @@ from csulora_cli.errors import HostError
 from csulora_cli.formats.replication import Repeats, Replication, grow
 from csulora_cli.formats.stored import StoredForm
 from csulora_cli.locate import Location
-from csulora_cli.pretrained import check_decoder_only, pretrained
+from csulora_cli.pretrained import check_gguf_architecture, pretrained
 from csulora_cli.text import printable
 
 
@@ -132,26 +132,37 @@ def read_structure(location: Location, trust_remote_code: bool, replication: Rep
     try:
         with pretrained(location, trust_remote_code) as source:
             config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
+        check_gguf_architecture(location, config, "host")
         with torch.device("meta"):
             model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except HostError:
+        raise
     except Exception as problem:  # transformers and the host's own code raise anything
         raise HostError(
             f"cannot tell what modules {printable(location.given)} has: {printable(problem)}",
             "Check that transformers can load it.",
         ) from None
-    check_decoder_only(location, config, "host")
     stored = StoredForm(model)  # before layers are repeated, which no file knows of
     return replace(structure_of(model, grow(model, replication)), stored=stored)
 
 
 def model_class(config: Any) -> Any:
-    """The first of transformers' automatic classes that generates text and knows this kind of config."""
+    """The first of transformers' automatic classes that generates text and knows this kind of config.
+
+    Raises:
+        ValueError: it is of an encoder-decoder model that transformers does not run as a language model.
+    """
     import transformers
 
+    if config.is_encoder_decoder:  # several of these are known as decoders alone, too
+        choice = transformers.AutoModelForSeq2SeqLM
+        if type(config) not in choice._model_mapping and not hasattr(config, "auto_map"):
+            raise ValueError(f"transformers has no encoder-decoder language model of the type {config.model_type}")
+        return choice
     choices = (
         transformers.AutoModelForCausalLM,
         transformers.AutoModelForImageTextToText,
-        transformers.AutoModelForSeq2SeqLM,
+        transformers.AutoModelForSeq2SeqLM,  # also knows some that have no encoder
     )
     for choice in choices:
         if type(config) in choice._model_mapping:
