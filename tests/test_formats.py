@@ -315,7 +315,7 @@ def test_the_weights_source_repairs_every_layout(
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "llava", "gemma3", "gpt2"])
 def test_a_checkpoint_gives_every_parameter_as_transformers_loads_it(kind: str, hosts: Callable[..., Path]) -> None:
     loaded = oracle.load(hosts(kind)).state_dict()
-    structure = read_structure(hosts(kind), "host", trust_remote_code=False)
+    structure = read_structure(Location("host", hosts(kind)), trust_remote_code=False)
     assert structure.stored is not None
     with Checkpoint(hosts(kind), "host") as checkpoint:
         checkpoint.convert(structure.stored)
