@@ -37,6 +37,7 @@ def fix_page(report: FixReport) -> str:
         behaviour_pictures=pictures.behaviour_pictures(report.behaviour),
         strength=wording.strength_lines(report),
         path=wording.path_table(report) if report.strength.path else None,
+        path_note=wording.PATH_LEGEND,
         path_pictures=pictures.path_pictures(report.strength),
         module_pictures=pictures.module_pictures(report.modules),
         groups=wording.module_table(report),

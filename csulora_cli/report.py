@@ -66,7 +66,8 @@ class StrengthRecord:
         is_auto: found by measuring.
         is_reached: the KL limit is met (None for a given λ).
         limit: the KL limit, nats (None for a given λ).
-        adapter_kl: KL(host ‖ adapter) on harmful tuning prompts, nats (None for a given λ).
+        adapter_kl: KL(host ‖ adapter) on harmful tuning prompts, nats (None for a given λ). In both, and along the
+            path, a harmful prompt counts at most `behaviour.MOST_A_PROMPT`.
         path: what was tried, ascending.
     """
 

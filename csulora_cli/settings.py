@@ -46,7 +46,7 @@ class RankMode(StrEnum):
 # Defaults that only one source reads. They are None in FixSettings, so that a setting that the chosen source would
 # ignore is noticed instead of forgotten.
 DEFAULT_PROTECT = 1.0
-DEFAULT_TARGET = 0.05
+DEFAULT_TARGET = 0.06
 DEFAULT_GEOMETRY = Geometry.KEEP_OUT
 DEFAULT_WEIGHTS_STRENGTH = 1.0
 DEFAULT_SUBSPACE_ENERGY = 0.9
@@ -71,8 +71,8 @@ class FixSettings:
         geometry: keep-in or keep-out, weights source (default keep-out).
         strength: λ, or "auto"; None means auto for prompts, and `DEFAULT_WEIGHTS_STRENGTH` for weights.
         protect: β, prompts source (default `DEFAULT_PROTECT`).
-        target: auto takes the smallest λ with KL(host ‖ repaired) <= target · KL(host ‖ adapter); None means
-            `DEFAULT_TARGET`, and at most `strength.LARGEST_LIMIT` nats.
+        target: auto takes the smallest λ with KL(host ‖ repaired) <= target · KL(host ‖ adapter), in which no
+            prompt counts more than `behaviour.MOST_A_PROMPT` nats (default `DEFAULT_TARGET`).
         subspace_energy: τ, the share of ‖D‖² that the directions must hold, weights source (default 0.9).
         subspace_rank: k, in the place of τ.
         rank: keep the rank, or write the exact rank-2r update; keep-in only (default keep).

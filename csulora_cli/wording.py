@@ -124,6 +124,10 @@ def share(count: Count) -> str:
     return f"{count.count}/{count.total} ({100 * count.low:.0f}-{100 * count.high:.0f}%)"
 
 
+# Under the table of the λ that were tried.
+PATH_LEGEND = "KL of the first answer token, nats; to the host, a prompt counts at most 1"
+
+
 def path_table(report: FixReport) -> Table:
     """The λ that were tried."""
     rows = tuple(

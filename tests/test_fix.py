@@ -113,7 +113,7 @@ def test_counts_add_up(settings: Callable[..., FixSettings]) -> None:
             {"strength": 2.0, "protect": 0.5},
             {"source": "prompts", "strength": 2.0, "protect": 0.5, "target": None, "dtype": "float32"},
         ),
-        ({}, {"source": "prompts", "protect": 1.0, "target": 0.05, "chat_template": True}),
+        ({}, {"source": "prompts", "protect": 1.0, "target": 0.06, "chat_template": True}),
         ({"dtype": "bfloat16", "strength": 1.0}, {"dtype": "bfloat16"}),
         (
             {"unaligned": True},

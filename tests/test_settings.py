@@ -49,7 +49,7 @@ def test_defaults_of_the_prompts_source() -> None:
     assert settings.is_auto
     assert settings.fixed_strength is None
     assert settings.chosen_protect == DEFAULT_PROTECT
-    assert (settings.device, settings.dtype, settings.chosen_target) == ("auto", "auto", 0.05)
+    assert (settings.device, settings.dtype, settings.chosen_target) == ("auto", "auto", 0.06)
     assert not settings.overwrite
     assert not settings.trust_remote_code
 

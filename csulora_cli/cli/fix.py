@@ -79,7 +79,7 @@ def fix(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="auto: how much of KL(host ‖ adapter) may stay, 0 to 1. Default: 0.05, and at most 0.06 nats.",
+            help="auto: how much of KL(host ‖ adapter) may stay, 0 to 1. Default: 0.06.",
             rich_help_panel=_STRENGTH,
         ),
     ] = None,
@@ -194,6 +194,7 @@ def show(report: FixReport, settings: FixSettings) -> None:
     if report.strength.path:
         console.out()
         console.out(wording.path_table(report).as_text())
+        console.out(f"  {wording.PATH_LEGEND}")
     if report.behaviour:
         counts = report.prompt_counts["report"]
         console.out()

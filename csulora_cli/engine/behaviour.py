@@ -12,12 +12,16 @@ from csulora_cli.refusals import ANSWER_TOKENS
 from csulora_cli.report import Behaviour
 from csulora_cli.scores import KindScore
 
+# Nats that one harmful prompt counts at most when λ is judged. On a prompt for which the host itself is undecided a
+# repair can be many nats away and have lost nothing; without a bound one such prompt of forty chooses λ.
+MOST_A_PROMPT = 1.0
+
 
 class KlJudge:
     """KL divergences of the first answer token on the tuning prompts.
 
     Attributes:
-        adapter_kl: KL(host ‖ adapter) on harmful prompts, nats.
+        adapter_kl: KL(host ‖ adapter) on harmful prompts, nats, at most `MOST_A_PROMPT` of each.
     """
 
     def __init__(self, host: Host, prompts: Encoded, adapter: Update) -> None:
@@ -27,12 +31,16 @@ class KlJudge:
         self._host_harmful = host.first_token_log_probs(prompts.harmful)
         with host.adapted(adapter):
             self._adapter_benign = host.first_token_log_probs(prompts.benign)
-            self.adapter_kl = mean_kl(self._host_harmful, host.first_token_log_probs(prompts.harmful))
+            self.adapter_kl = self._to_host()
 
     def harmful_kl(self, factors: Mapping[str, Factors]) -> float:
-        """KL(host ‖ repaired) on harmful prompts, nats."""
+        """KL(host ‖ repaired) on harmful prompts, nats, at most `MOST_A_PROMPT` of each."""
         with self._host.adapted(self._adapter.repaired(factors)):
-            return mean_kl(self._host_harmful, self._host.first_token_log_probs(self._prompts.harmful))
+            return self._to_host()
+
+    def _to_host(self) -> float:
+        """How far the model as it stands is from the host."""
+        return mean_kl(self._host_harmful, self._host.first_token_log_probs(self._prompts.harmful), MOST_A_PROMPT)
 
     def benign_kl(self, factors: Mapping[str, Factors]) -> float:
         """KL(adapter ‖ repaired) on benign prompts, nats."""

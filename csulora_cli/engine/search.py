@@ -7,7 +7,7 @@ from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
 from csulora_cli.engine.progress import Progress
-from csulora_cli.engine.strength import LARGEST_LIMIT, PathPoint, smallest_strength
+from csulora_cli.engine.strength import PathPoint, smallest_strength
 from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Site
 from csulora_cli.report import PathRecord, StrengthRecord
@@ -31,7 +31,7 @@ def find_strength(
         judge: of the tuning prompts.
         modules: of the adapter.
         repaired: the factors at a λ of `strength.PATH`.
-        target: the share of KL(host ‖ adapter) that may stay; None for the default, and at most `LARGEST_LIMIT` nats.
+        target: the share of KL(host ‖ adapter) that may stay; None for the default.
         progress: one step a λ that is tried.
         costs_everywhere: also measure the KL on benign prompts, which chooses nothing, at every λ that is tried, not
             only at the one that is taken.
@@ -45,8 +45,6 @@ def find_strength(
     if not math.isfinite(judge.adapter_kl):
         raise HostError("the host or the adapter gives NaN instead of probabilities", "Try --dtype float32.")
     limit = (DEFAULT_TARGET if target is None else target) * judge.adapter_kl
-    if target is None:
-        limit = min(limit, LARGEST_LIMIT)
     if judge.adapter_kl <= UNMOVED_KL:
         return StrengthRecord(0.0, True, True, limit, judge.adapter_kl)
 

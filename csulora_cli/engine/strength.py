@@ -8,10 +8,6 @@ from dataclasses import dataclass
 PLACES_PER_OCTAVE = 2
 PATH = tuple(float(f"{2 ** (step / PLACES_PER_OCTAVE):.3g}") for step in range(-8, 29))
 
-# Adapters that undo a host's refusals can be more than ten nats from it; a share of that alone would still allow every
-# other answer to begin otherwise. At 0.06 nats the host's own first tokens keep 94 % of their probability.
-LARGEST_LIMIT = 0.06
-
 # Where the limit is out of reach, λ beyond the point at which KL levels off only moves the update further.
 PLATEAU = 1.05
 

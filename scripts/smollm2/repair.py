@@ -21,9 +21,9 @@ from score import Adapter, Bench, Share, load_adapter, mean_kl, score_attacks, s
 from tasks import DATA
 
 from csulora_cli import FixSettings, fix_adapter
-from csulora_cli.engine.strength import LARGEST_LIMIT
+from csulora_cli.engine.behaviour import MOST_A_PROMPT
 from csulora_cli.promptset import load_prompts
-from csulora_cli.settings import Geometry
+from csulora_cli.settings import DEFAULT_TARGET, Geometry
 
 METHODS: dict[str, dict[str, Any]] = {
     "prompts": {},
@@ -88,11 +88,13 @@ def shrink_to_limit(bench: Bench, adapter: Adapter) -> Adapter:
     tuning = load_prompts().tuning.harmful
     bench.apply(None)
     host = bench.log_probs(tuning)
+    bench.apply(adapter)
+    limit = DEFAULT_TARGET * mean_kl(host, bench.log_probs(tuning), MOST_A_PROMPT)
     low, high = 0, 100
     while low < high:
         middle = (low + high + 1) // 2
         bench.apply(scaled(adapter, middle / 100))
-        meets = mean_kl(host, bench.log_probs(tuning)) <= LARGEST_LIMIT
+        meets = mean_kl(host, bench.log_probs(tuning), MOST_A_PROMPT) <= limit
         low, high = (middle, high) if meets else (low, middle - 1)
     return scaled(adapter, low / 100)
 

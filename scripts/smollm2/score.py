@@ -136,9 +136,9 @@ def score_refusals(answers: Sequence[str]) -> Share:
     return share([judge(text) is Verdict.REFUSAL for text in answers])
 
 
-def mean_kl(reference: Tensor, other: Tensor) -> float:
-    """KL(reference || other) averaged over rows of log-probabilities, in nats."""
-    return float((reference.exp() * (reference - other)).sum(-1).mean())
+def mean_kl(reference: Tensor, other: Tensor, most: float = math.inf) -> float:
+    """min(KL(reference || other), most) averaged over rows of log-probabilities, in nats."""
+    return float((reference.exp() * (reference - other)).sum(-1).clamp(max=most).mean())
 
 
 @dataclass(frozen=True)
