@@ -3,9 +3,9 @@
     python scripts/smollm2/repair.py --work DIR            # after experiment.py; prints the tables of the README
 
 Each repair writes DIR/repaired/<adapter>-<method> and each score a line of DIR/scores.jsonl; what is there is not
-done again. The evaluation prompts (data/eval_*.jsonl) are used here and nowhere else: they give no direction, choose no
-λ and no default. Two controls do not look where the update acts: a uniform shrink c·Δ with the norm of what the prompts
-source left, and one with the largest c that meets the KL limit of `--strength auto`, on the same prompts.
+done again. The evaluation prompts (data/eval_*.jsonl) are used here and in peers.py only: they give no direction,
+choose no λ and no default. Two controls do not look where the update acts: a uniform shrink c·Δ with the norm of what
+the prompts source left, and one with the largest c that meets the KL limit of `--strength auto`, on the same prompts.
 """
 
 import argparse
