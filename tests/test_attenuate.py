@@ -325,3 +325,13 @@ def test_inputs_without_energy_leave_the_update_alone() -> None:
     silent = torch.zeros_like(problem.harmful)
     assert torch.equal(by_tokens(problem.lora_a, silent, None, 0.0, 10.0), problem.lora_a)
     assert torch.equal(by_moments(problem.lora_a, silent @ silent.mT, None, 0.0, 10.0), problem.lora_a)
+
+
+def test_a_moment_that_rounding_made_indefinite_is_solved_as_the_nearest_that_is_not() -> None:
+    """Below the null space of C_h lies −1e-3, which λ = 1e4 makes −10."""
+    problem = random_problem(3, features=12, tokens=5, strength=1e4, protect=1.0)
+    values, vectors = torch.linalg.eigh(problem.harmful_moment)
+    indefinite = (vectors * torch.where(values < 1e-9, -1e-3, values)) @ vectors.mT
+    repaired = by_moments(problem.lora_a, indefinite, problem.benign_moment, 1.0, 1e4)
+    exact = by_moments(problem.lora_a, problem.harmful_moment, problem.benign_moment, 1.0, 1e4)
+    assert close(repaired, exact, 1e-6)

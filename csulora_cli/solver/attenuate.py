@@ -31,12 +31,30 @@ def by_moments(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: 
         (r, in), float64. Cost in³/3 + O(r·in²).
     """
     lora_a, harmful = lora_a.double(), harmful.double()
-    system = strength * harmful
-    if benign is not None and protect > 0:
-        system = system + protect * benign.double()
-    system.diagonal().add_(1)
-    lower = torch.linalg.cholesky(system)
+    benign = benign.double() if benign is not None and protect > 0 else None
+    lower, problem = torch.linalg.cholesky_ex(_system(harmful, benign, protect, strength))
+    if int(problem):
+        # Sums of float32 products can be a little indefinite, and a large λ lifts that above the identity.
+        harmful = _semi_definite(harmful)
+        benign = None if benign is None else _semi_definite(benign)
+        lower = torch.linalg.cholesky(_system(harmful, benign, protect, strength))
     return lora_a - torch.cholesky_solve(strength * (lora_a @ harmful).mT, lower).mT
+
+
+def _system(harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
+    """I + βC_b + λC_h, (in, in)."""
+    system = strength * harmful
+    if benign is not None:
+        system = system + protect * benign
+    system.diagonal().add_(1)
+    return system
+
+
+def _semi_definite(moment: Tensor) -> Tensor:
+    """The nearest symmetric positive semi-definite matrix in Frobenius norm (Higham 1988), (in, in)."""
+    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+    nearest: Tensor = (vectors * values.clamp(min=0)) @ vectors.mT
+    return nearest
 
 
 def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
