@@ -67,7 +67,7 @@ class StrengthRecord:
         is_reached: the KL limit is met (None for a given λ).
         limit: the KL limit, nats (None for a given λ).
         adapter_kl: KL(host ‖ adapter) on harmful tuning prompts, nats (None for a given λ). In both, and along the
-            path, a harmful prompt counts at most `behaviour.MOST_A_PROMPT`.
+            path, a harmful prompt counts at most `settings.MOST_A_PROMPT`.
         path: what was tried, ascending.
     """
 

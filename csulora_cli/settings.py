@@ -52,6 +52,10 @@ DEFAULT_WEIGHTS_STRENGTH = 1.0
 DEFAULT_SUBSPACE_ENERGY = 0.9
 AUTO: Literal["auto"] = "auto"
 
+# Nats that one harmful prompt counts at most when λ is judged. On a prompt for which the host itself is undecided a
+# repair can be many nats away and have lost nothing; without a bound one such prompt of forty chooses λ.
+MOST_A_PROMPT = 1.0
+
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -72,7 +76,7 @@ class FixSettings:
         strength: λ, or "auto"; None means auto for prompts, and `DEFAULT_WEIGHTS_STRENGTH` for weights.
         protect: β, prompts source (default `DEFAULT_PROTECT`).
         target: auto takes the smallest λ with KL(host ‖ repaired) <= target · KL(host ‖ adapter), in which no
-            prompt counts more than `behaviour.MOST_A_PROMPT` nats (default `DEFAULT_TARGET`).
+            prompt counts more than `MOST_A_PROMPT` nats (default `DEFAULT_TARGET`).
         subspace_energy: τ, the share of ‖D‖² that the directions must hold, weights source (default 0.9).
         subspace_rank: k, in the place of τ.
         rank: keep the rank, or write the exact rank-2r update; keep-in only (default keep).

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csulora_cli.report import Behaviour, FixReport, InputRecord, ModuleRecord
+from csulora_cli.settings import MOST_A_PROMPT
 from csulora_cli.stats import Count
 from csulora_cli.text import number, printable
 
@@ -125,7 +126,7 @@ def share(count: Count) -> str:
 
 
 # Under the table of the λ that were tried.
-PATH_LEGEND = "KL of the first answer token, nats; to the host, a prompt counts at most 1"
+PATH_LEGEND = f"KL of the first answer token, nats; to the host, a prompt counts at most {MOST_A_PROMPT:g}"
 
 
 def path_table(report: FixReport) -> Table:

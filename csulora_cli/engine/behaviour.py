@@ -11,10 +11,7 @@ from csulora_cli.engine.scoring import run_kinds, score_kind
 from csulora_cli.refusals import ANSWER_TOKENS
 from csulora_cli.report import Behaviour
 from csulora_cli.scores import KindScore
-
-# Nats that one harmful prompt counts at most when λ is judged. On a prompt for which the host itself is undecided a
-# repair can be many nats away and have lost nothing; without a bound one such prompt of forty chooses λ.
-MOST_A_PROMPT = 1.0
+from csulora_cli.settings import MOST_A_PROMPT
 
 
 class KlJudge:

@@ -21,9 +21,8 @@ from score import Adapter, Bench, Share, load_adapter, mean_kl, score_attacks, s
 from tasks import DATA
 
 from csulora_cli import FixSettings, fix_adapter
-from csulora_cli.engine.behaviour import MOST_A_PROMPT
 from csulora_cli.promptset import load_prompts
-from csulora_cli.settings import DEFAULT_TARGET, Geometry
+from csulora_cli.settings import DEFAULT_TARGET, MOST_A_PROMPT, Geometry
 
 METHODS: dict[str, dict[str, Any]] = {
     "prompts": {},
