@@ -403,7 +403,8 @@ def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:
         split: {"harmful": len(getattr(prompts, split).harmful), "benign": len(getattr(prompts, split).benign)}
         for split in SPLITS
     }
-    counts["directions"]["benign"] = len(prompts.directions.protected)
+    own = prompts.directions
+    counts["directions"] |= {"lookalikes": len(own.faded) - len(own.harmful), "benign": len(own.protected)}
     return counts
 
 

@@ -45,11 +45,17 @@ class Prompts:
 
     @property
     def protected(self) -> tuple[str, ...]:
-        """What a repair holds on to the adapter's behaviour on: general prompts, or all benign ones if there are none.
-
-        Look-alikes are left to the host, which knows best how near to harm they are.
-        """
+        """Where a repair holds on to the adapter: general prompts, or all benign ones if there are none."""
         return self.general or self.benign
+
+    @property
+    def faded(self) -> tuple[str, ...]:
+        """What an update fades on: harmful prompts and, where they are not all that is left to protect, look-alikes.
+
+        Look-alikes show in which form harm is asked for, without being it. Measured on four adapters: at an equal KL to
+        the host on tuning prompts, other harmful prompts came closer to the host, and the adapters' tasks lost less.
+        """
+        return self.harmful + (self.lookalikes if self.general else ())
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def legend(report: FixReport) -> list[str]:
     """What the columns of the module table are."""
     if report.settings["source"] == "prompts":
         return [
-            "harmful, benign: ‖ΔC^½‖²/‖Δ‖² on those prompts, before→after (1: as on any input)",
+            "harmful (and look-alikes), benign: ‖ΔC^½‖²/‖Δ‖², before→after (1: any input)",
             "moved: ‖X−Δ‖²/‖Δ‖²   error: rounding to the stored dtype, ‖·‖/‖X‖",
         ]
     tail = ["moved: ‖X−Δ‖²/‖Δ‖²   error: truncation and rounding, ‖·‖/‖X‖"]

@@ -76,7 +76,11 @@ def fix_report(module_names: Sequence[str] | None = None, **changes: Any) -> Fix
             "host": InputRecord("org/host", None, {"model.safetensors": digest[::-1]}),
         },
         settings={"source": "prompts", "strength": 32.0, "protect": 1.0, "chat_template": True},
-        prompt_counts={split: {"harmful": 40, "benign": 41} for split in ("directions", "tuning", "report")},
+        prompt_counts={
+            "directions": {"harmful": 40, "lookalikes": 39, "benign": 41},
+            "tuning": {"harmful": 40, "benign": 41},
+            "report": {"harmful": 40, "benign": 41},
+        },
         strength=StrengthRecord(32.0, True, True, 0.07, 15.3, PATH),
         modules=[module(name) for name in (module_names or names(4))],
         behaviour={"host": behaviour(37, 0.0), "adapter": behaviour(0, 15.3), "repaired": behaviour(35, 0.0428)},

@@ -92,16 +92,25 @@ def weights(host: Path, modules: Mapping[str, Dense]) -> dict[str, Tensor]:
 
 
 def direction_prompts(file: Path) -> dict[str, list[str]]:
-    """Two of every four prompts of each label: what gives directions where a file has neither splits nor categories."""
+    """What the update fades on, and what is protected.
+
+    Two of every four prompts of each label give directions where a file has neither splits nor categories. Where some
+    benign ones are everyday ones, only those are protected, and the others fade.
+    """
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    result = {}
+    chosen = {}
     for label in ("harmful", "benign"):
         own = [line for line in lines if line["label"] == label]
-        if all("split" in line for line in own):
-            result[label] = [line["prompt"] for line in own if line["split"] == "directions"]
-        else:
-            result[label] = [line["prompt"] for index, line in enumerate(own) if index % 4 < 2]
-    return result
+        own.sort(key=lambda line: line.get("kind") == "general")
+        is_split = all("split" in line for line in own)
+        chosen[label] = [
+            line for index, line in enumerate(own) if (line["split"] == "directions" if is_split else index % 4 < 2)
+        ]
+    everyday = [line for line in chosen["benign"] if line.get("kind") == "general"]
+    if everyday:
+        lookalikes = [line for line in chosen["benign"] if line.get("kind") != "general"]
+        chosen = {"harmful": chosen["harmful"] + lookalikes, "benign": everyday}
+    return {label: [line["prompt"] for line in own] for label, own in chosen.items()}
 
 
 def chat_ids(tokenizer: Any, prompt: str) -> list[int]:

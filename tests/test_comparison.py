@@ -291,7 +291,7 @@ def test_everyday_prompts_are_protected_and_the_benign_control_reads_look_alikes
     given = load_prompts(file).directions
     assert given.general
     assert given.lookalikes
-    assert (len(own.harmful.tokens), len(own.benign.tokens)) == (len(given.harmful), len(given.general))
+    assert (len(own.harmful.tokens), len(own.benign.tokens)) == (len(given.faded), len(given.general))
     assert len(control.harmful.tokens) == len(given.lookalikes)
     protected = {tuple(ids[:end]) for ids, end in zip(own.benign.tokens, own.benign.ends, strict=True)}
     assert not protected & set(map(tuple, control.harmful.tokens))

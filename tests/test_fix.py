@@ -92,7 +92,7 @@ def test_counts_add_up(settings: Callable[..., FixSettings]) -> None:
     assert len(report.modules) == 14
     assert report.tensors == {"changed": 14, "unchanged": 14, "carried": 0, "dropped": 0, "total": 28}  # every A, no B
     assert report.prompt_counts == {
-        "directions": {"harmful": 8, "benign": 8},
+        "directions": {"harmful": 8, "lookalikes": 0, "benign": 8},
         "tuning": {"harmful": 4, "benign": 4},
         "report": {"harmful": 4, "benign": 4},
     }

@@ -299,3 +299,8 @@ def test_dealing_puts_each_prompt_into_one_split_and_never_tears_a_category(
 def test_general_prompts_are_protected_and_all_benign_ones_where_there_are_none() -> None:
     assert Prompts(("h",), ("l",), ("g",)).protected == ("g",)
     assert Prompts(("h",), ("l",), ()).protected == ("l",)
+
+
+def test_look_alikes_fade_beside_harmful_prompts_unless_they_are_what_is_protected() -> None:
+    assert Prompts(("h",), ("l",), ("g",)).faded == ("h", "l")
+    assert Prompts(("h",), ("l",), ()).faded == ("h",)

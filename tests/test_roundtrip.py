@@ -158,6 +158,29 @@ def test_written_adapter_loads_everywhere_and_merges_to_the_promised_update(
         assert all(same_bits(before[key], after[key]) for key in before if ".lora_B." in key)
 
 
+def test_look_alikes_fade_beside_the_harmful_prompts(
+    hosts: Callable[..., Path],
+    adapters: Callable[..., Path],
+    uneven: Path,
+    fix: Callable[..., tuple[Path, FixReport]],
+    tmp_path: Path,
+) -> None:
+    rows = [json.loads(line) for line in uneven.read_text().splitlines()]
+    for place, row in enumerate(row for row in rows if row["label"] == "benign"):
+        row["kind"] = "general" if place % 2 else "lookalike"
+    kinds = tmp_path / "kinds.jsonl"
+    kinds.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = adapters("llama")
+    out, report = fix("llama", adapter, "prompts", prompts=kinds)
+    counts = report.prompt_counts["directions"]
+    assert counts["lookalikes"] > 0
+    assert counts["benign"] > 0
+    wanted = promised(hosts("llama"), hosts("llama", seed=7), adapter, kinds, "prompts", report.strength.value)
+    assert_merges_to(hosts("llama"), out, wanted)
+    plain = promised(hosts("llama"), hosts("llama", seed=7), adapter, uneven, "prompts", report.strength.value)
+    assert max(oracle.relative_gap(wanted[name], plain[name]) for name in wanted) > 0.01  # the kinds do count
+
+
 def assert_peft_takes_every_tensor(host: Path, folder: Path) -> None:
     import peft
 

@@ -232,7 +232,10 @@ def _source_line(report: FixReport) -> str:
     used = report.settings
     if used["source"] == "prompts":
         counts = report.prompt_counts["directions"]
-        return f"prompts, {counts['harmful']} harmful and {counts['benign']} benign, β = {used['protect']:g}"
+        lookalikes = f", {counts['lookalikes']} look-alikes" if counts["lookalikes"] else ""
+        return (
+            f"prompts, {counts['harmful']} harmful{lookalikes} and {counts['benign']} benign, β = {used['protect']:g}"
+        )
     directions = [module.directions or 0 for module in report.modules]
     held = f"k = {min(directions)} to {max(directions)}"
     return f"weights, {used['geometry']}, {held} directions a module"

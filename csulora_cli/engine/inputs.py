@@ -101,8 +101,8 @@ def encode_prompts(host: Host, prompts: Prompts) -> Encoded:
 
 
 def encode_directions(host: Host, prompts: Prompts) -> Encoded:
-    """The direction prompts through the host's chat template: harmful ones, and benign ones to protect."""
-    return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.protected])
+    """The direction prompts through the host's chat template: the harmful side (`faded`), and what is protected."""
+    return Encoded([host.encode(text) for text in prompts.faded], [host.encode(text) for text in prompts.protected])
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _weights(side: Padded, turn: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DirectionPrompts:
-    """What gives the directions: H from `harmful`, G from `benign`."""
+    """What gives the directions: H from `harmful` (with look-alikes of such prompts), G from `benign`."""
 
     harmful: Side
     benign: Side

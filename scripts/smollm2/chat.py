@@ -1,6 +1,7 @@
 """Chats with a small model: reading prompts, encoding them through the chat template, greedy answers."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines; the file appears whole or not at all."""
-    unfinished = path.with_suffix(".partial")
+    unfinished = path.with_suffix(f".{os.getpid()}.partial")  # two adapters may be compared at the same time
     unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     unfinished.replace(path)
 
