@@ -102,6 +102,7 @@ class Fitting:
         """Whether names alone tell which weights are meant; else only the model in memory does, where there is one.
 
         A file names a shared weight once, and some models are saved under other names than they have in memory.
+        Values that change under one name are those of stacked experts alone (transformers 5.23), which need the model.
         """
         has_config = (self._host_at.folder / CONFIG_NAME).exists()
         return not has_config or all(site.place.weight in checkpoint.tensors for site in self.adapter.sites)

@@ -64,6 +64,7 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOssConfig", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 64,
     }),
+    "hrm-text": ("HrmTextConfig", {"num_layers_per_stack": 1, "num_hidden_layers": 8, "head_dim": 8}),
     "llava": ("LlavaConfig", {"image_token_index": 63, "vision_config": {
         "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16,

@@ -277,6 +277,7 @@ WEIGHTS_SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
         "mixtral",
         {"target_modules": [], "target_parameters": EXPERTS[:1], "layer_replication": [[1, 2], [0, 2]]},
     ),
+    "projections in one tensor on disk": ("hrm-text", {"target_modules": ["q_proj", "v_proj", "gate_proj"]}),
     "vision-language": ("llava", {"target_modules": r".*language_model.*\.(q_proj|down_proj)"}),
     "vision-language, embedding and output layer": ("llava", {"target_modules": ["embed_tokens", "lm_head"]}),
     "router": ("gpt-oss", {"target_modules": [], "target_parameters": ["mlp.router.weight"]}),
@@ -312,7 +313,7 @@ def test_the_weights_source_repairs_every_layout(
     assert gap(adapted_logits(host, out), peft_logits(hosts(kind), out), logits(host.model)) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "llava", "gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "hrm-text", "llava", "gemma3", "gpt2"])
 def test_a_checkpoint_gives_every_parameter_as_transformers_loads_it(kind: str, hosts: Callable[..., Path]) -> None:
     loaded = oracle.load(hosts(kind)).state_dict()
     structure = read_structure(Location("host", hosts(kind)), trust_remote_code=False)
