@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 
 from csulora_cli import api, fitting
 from csulora_cli.api import fix_adapter
+from csulora_cli.cli import interrupts
 from csulora_cli.engine import behaviour, inputs, prompts_source, weights_source
 from csulora_cli.engine.host import Batch, Host
 from csulora_cli.engine.memory import BatchSize, with_cpu_in_reserve
@@ -132,7 +133,8 @@ class Killed:
         if self.out.exists():
             assert contents(self.out) == former or is_whole(self.out)
         if ran.code != -signal.SIGKILL:
-            assert ran.code in (0, 130, 143), ran.err
+            assert ran.code in (0, 128 + number), ran.err
+            assert (interrupts.MESSAGE in ran.err) is (ran.code != 0)
             assert former is None or self.out.exists()
         again = self.run()
         assert again.code == 0, again.err
