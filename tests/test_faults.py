@@ -332,6 +332,53 @@ def test_a_host_that_changes_meanwhile_is_an_input_error(
     assert list(settings.out.parent.iterdir()) == []
 
 
+CUT_WHEN_THE_WEIGHTS_ARE_READ = """
+import os, sys
+from csulora_cli.cli import console, main
+from csulora_cli.files import Stamp
+file, when = sys.argv[1:3]
+check, stage = Stamp.check, console.TerminalProgress.stage
+def cut():
+    os.truncate(file, 4096)
+def checked(stamp, error):
+    check(stamp, error)
+    if when == "after the check" and str(stamp.path) == file:
+        cut()
+def staged(progress, name, total=None):
+    stage(progress, name, total)
+    if when == "before" and name == "displacement":
+        cut()
+Stamp.check, console.TerminalProgress.stage = checked, staged
+sys.argv[1:] = sys.argv[3:]
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("role", "when"), [("host", "before"), ("unaligned", "after the check")])
+def test_weights_that_are_cut_off_end_the_run_and_nothing_else_happens(
+    role: str, when: str, by_weights: Callable[..., FixSettings], tmp_path: Path
+) -> None:
+    settings = by_weights()
+    models = {"host": tmp_path / "models" / "llama", "unaligned": tmp_path / "models" / "unaligned"}
+    shutil.copytree(str(settings.base), models["host"])
+    shutil.copytree(str(settings.unaligned), models["unaligned"])
+    file = models[role] / "model.safetensors"
+    command = ["fix", settings.adapter, "--base", models["host"], "--unaligned", models["unaligned"], "--out",
+               settings.out, "--quiet"]  # fmt: skip
+    before = contents(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", CUT_WHEN_THE_WEIGHTS_ARE_READ, str(file), when, *map(str, command)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    if when == "before":
+        lines = f"error: {file} changed while it was being used\nhint: Run again when it is complete.\n"
+        assert (ran.returncode, ran.stderr) == (4, lines)
+    else:
+        assert ran.returncode == -signal.SIGBUS
+    cut = str(file.relative_to(tmp_path))
+    assert contents(tmp_path) == {**before, cut: before[cut][:4096]}
+
+
 @pytest.fixture
 def measuring(
     hosts: Callable[..., Path], adapters: Callable[..., Path], prompts: Path, tmp_path: Path
