@@ -16,28 +16,29 @@ from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_directions, encode_prompts
-from csulora_cli.engine.memory import is_out_of_memory, release_memory
-from csulora_cli.engine.progress import Progress, Silent
+from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
-from csulora_cli.errors import AdapterError, InputError, VerificationError
-from csulora_cli.files import Stamp, read_bytes, sha256_of, staged_file
+from csulora_cli.errors import AdapterError, VerificationError
+from csulora_cli.files import read_bytes, sha256_of, staged_file
 from csulora_cli.fitting import Fitting, check_magnitudes, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
-from csulora_cli.locate import ADAPTER_FILES, Location, files_of, locate, locate_model
+from csulora_cli.locate import ADAPTER_FILES, locate, locate_model
 from csulora_cli.opening import (
     Recorder,
     check_report,
+    check_unchanged,
     locate_host,
     model_files,
     model_record,
-    resource_errors,
+    run_on_device,
+    stamps_of,
 )
 from csulora_cli.promptset import SPLITS, PromptSet, load_prompts
 from csulora_cli.report import FixReport, InputRecord, ModuleRecord, StrengthRecord
-from csulora_cli.settings import AUTO, FixSettings, Source
+from csulora_cli.settings import FixSettings, Source
 from csulora_cli.text import printable, some
 from csulora_cli.version import __version__
 
@@ -56,21 +57,7 @@ def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixR
     Raises:
         CsuloraError: see `errors`; nothing is left behind.
     """
-    recorder = Recorder(progress or Silent())
-    with resource_errors():
-        try:
-            return _Fix(settings, recorder).run()
-        except Exception as problem:
-            if not is_out_of_memory(problem) or not _may_leave_device(settings):
-                raise
-        release_memory()
-        recorder.warn("out of memory on the device: starting again on the CPU, which is slower")
-        return _Fix(replace(settings, device="cpu"), recorder).run()
-
-
-def _may_leave_device(settings: FixSettings) -> bool:
-    """Whether the device was csulora's choice, and is not the CPU already."""
-    return settings.device == AUTO and choose_device(AUTO).type != "cpu"
+    return run_on_device(lambda settings, recorder: _Fix(settings, recorder).run(), settings, progress)
 
 
 # Recomputes what every module's stored factors do; given to `_finish` by the source that was used.
@@ -100,7 +87,7 @@ class _Fix:
         self.out = settings.out or Path(f"{self.adapter_at.name}-csulora")
         writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
         check_report(settings.report, settings.overwrite, self.out)
-        self.stamps = _stamps(self.adapter_at, ADAPTER_FILES)
+        self.stamps = stamps_of(self.adapter_at, ADAPTER_FILES)
         self.adapter = read_adapter(self.adapter_at.folder)
         check_magnitudes(self.adapter, settings.dora, settings.strict)
         self.device = choose_device(settings.device)
@@ -109,7 +96,7 @@ class _Fix:
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate_model(settings.unaligned, files, "unaligned model") if settings.unaligned else None
-        self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in _stamps(at, files)]
+        self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in stamps_of(at, files)]
         with ExitStack() as stack:
             self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
             self.fitting.match(stack)
@@ -248,8 +235,7 @@ class _Fix:
             if page is not None:
                 page.parent.mkdir(parents=True, exist_ok=True)
                 page.write_text(html.fix_page(report), encoding="utf-8")
-            for stamp in self.stamps:
-                stamp.check(InputError)
+            check_unchanged(self.stamps)
         return report
 
     @contextmanager
@@ -390,10 +376,6 @@ class _Fix:
         used["target"] = settings.chosen_target if settings.is_auto else None
         used["device"] = self.device.type
         return used if self.host is None else used | self.host.settings
-
-
-def _stamps(location: Location, patterns: Sequence[str]) -> list[Stamp]:
-    return [Stamp.of(path) for path in files_of(location, patterns)]
 
 
 def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from csulora_cli.errors import HostError, UnsupportedError
-from csulora_cli.files import is_regular, read_json_object
+from csulora_cli.files import Stamp, is_regular, read_json_object
 from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.site import Kind, Site
 from csulora_cli.formats.stored import Recipe, StoredForm
@@ -48,6 +48,7 @@ class Checkpoint:
         self.role = role
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
+        self._stamps: dict[Path, Stamp] = {}
         self.tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Path] = {}
         self._recipes: dict[str, Recipe] = {}
@@ -69,6 +70,7 @@ class Checkpoint:
 
     def _add(self, file: Path) -> None:
         try:
+            self._stamps[file] = Stamp.of(file)
             handle = self._stack.enter_context(safe_open(str(file), framework="pt"))
             self._open[file] = handle
             for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -100,13 +102,19 @@ class Checkpoint:
             self._recipes[recipe.parameter] = recipe
 
     def read(self, name: str, part: int | None = None) -> Tensor:
-        """One tensor, or one part of it along its first dimension, in its stored dtype, on the CPU."""
+        """One tensor, or one part of it along its first dimension, in its stored dtype, on the CPU.
+
+        Raises:
+            HostError: its file was changed since it was opened.
+        """
         if name in self._recipes:
             return self._recipes[name].make(self._read_stored, part)
         return self._read_stored(name, part)
 
     def _read_stored(self, name: str, part: int | None) -> Tensor:
-        handle = self._open[self._files[name]]
+        file = self._files[name]
+        self._stamps[file].check(HostError)  # to read what is cut off from a mapped file would end the process
+        handle = self._open[file]
         tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         return tensor
 

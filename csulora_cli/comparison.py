@@ -21,7 +21,7 @@ from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
 from csulora_cli.engine.host import choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_directions, encode_prompts
-from csulora_cli.engine.progress import Progress, Silent
+from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
 from csulora_cli.engine.scoring import (
     EncodedScoring,
@@ -54,10 +54,12 @@ from csulora_cli.methods.method import (
 from csulora_cli.opening import (
     Recorder,
     check_report,
+    check_unchanged,
     locate_host,
     model_files,
     model_record,
-    resource_errors,
+    run_on_device,
+    stamps_of,
 )
 from csulora_cli.pareto import dominated
 from csulora_cli.promptset import SPLITS, Prompts, load_prompts
@@ -90,8 +92,8 @@ def compare_methods(
     Raises:
         CsuloraError: see `errors`; nothing is left behind.
     """
-    with resource_errors():
-        return _Comparison(settings, Recorder(progress or Silent()), Journal(journal)).run()
+    kept = Journal(journal)
+    return run_on_device(lambda settings, recorder: _Comparison(settings, recorder, kept).run(), settings, progress)
 
 
 class _Comparison:
@@ -111,6 +113,7 @@ class _Comparison:
         if settings.out is not None:
             writer.check_output(settings.out, self.adapter_at.folder, settings.overwrite)
         check_report(settings.report, settings.overwrite, settings.out)
+        self.stamps = stamps_of(self.adapter_at, ADAPTER_FILES)
         self.adapter = read_adapter(self.adapter_at.folder)
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts)
@@ -120,6 +123,7 @@ class _Comparison:
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate_model(settings.unaligned, files, "unaligned model") if settings.unaligned else None
+        self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in stamps_of(at, files)]
         with ExitStack() as stack:
             self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
             self.fitting.match(stack)
@@ -247,6 +251,7 @@ class _Comparison:
             warnings=tuple(self.progress.warnings),
         )
         page = html.compare_page(report) if self.settings.report is not None else ""
+        check_unchanged(self.stamps)
         if self.settings.out is not None:
             self._write(self.settings.out, report)
         if self.settings.report is not None:
@@ -394,6 +399,7 @@ class _Comparison:
                 writer.copy_companions(self.adapter_at.folder, folder)
                 _write_json(folder, {"method": point.method, "strength": point.strength, **_provenance(report)})
             _write_json(staging, {key: value for key, value in report.to_dict().items() if key != "out"})
+            check_unchanged(self.stamps)  # more of the adapter's files were copied just now
 
 
 def _identity(inputs: Mapping[str, InputRecord], settings: Mapping[str, Any]) -> str:

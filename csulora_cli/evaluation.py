@@ -11,7 +11,7 @@ from csulora_cli.adapter import read_adapter
 from csulora_cli.engine.attach import Update
 from csulora_cli.engine.host import Host, choose_device
 from csulora_cli.engine.judge import JudgePlan, load_judge, plan_judge
-from csulora_cli.engine.progress import Progress, Silent
+from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.scoring import (
     KINDS,
     MAX_TASK_TOKENS,
@@ -32,11 +32,13 @@ from csulora_cli.model_kind import check_model_kind
 from csulora_cli.opening import (
     Recorder,
     check_report,
+    check_unchanged,
     locate_host,
     model_files,
     model_record,
     open_host,
-    resource_errors,
+    run_on_device,
+    stamps_of,
 )
 from csulora_cli.promptset import PromptSet, load_prompts
 from csulora_cli.refusals import Answer, RefusalTest, classify, is_coherent
@@ -65,8 +67,7 @@ def evaluate_adapters(settings: EvalSettings, progress: Progress | None = None) 
     Raises:
         CsuloraError: see `errors`; nothing is left behind.
     """
-    with resource_errors():
-        return _Evaluation(settings, Recorder(progress or Silent())).run()
+    return run_on_device(lambda settings, recorder: _Evaluation(settings, recorder).run(), settings, progress)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class _Evaluation:
         check_report(settings.report, settings.overwrite)
         self.progress.stage("adapter")
         self.adapters_at = [locate(given, ADAPTER_FILES) for given in settings.adapters]
+        self.stamps = [stamp for location in self.adapters_at for stamp in stamps_of(location, ADAPTER_FILES)]
         self.adapters = [read_adapter(location.folder) for location in self.adapters_at]
         self.device = choose_device(settings.device)
         self.prompt_set = load_prompts(settings.prompts)
@@ -103,6 +105,8 @@ class _Evaluation:
         self.host_at = locate_host(self.adapters[0], settings.base, files, self.progress)
         check_model_kind(self.host_at, "host")
         self.judge = self._plan_judge(files)
+        models_at = [self.host_at, *([self.judge.location] if self.judge else [])]
+        self.stamps += [stamp for location in models_at for stamp in stamps_of(location, files)]
         scored, used = self._score_models()  # the host's memory is free again when the judge is loaded
         opinions = self._judge(scored)
         models = [_evaluated(each, scored[1], opinions.get(each.key)) for each in scored]
@@ -117,6 +121,7 @@ class _Evaluation:
             warnings=tuple(self.progress.warnings),
         )
         page = html.eval_page(report) if settings.report is not None else ""
+        check_unchanged(self.stamps)
         if settings.save_answers is not None:
             self._save(settings.save_answers, scored, opinions)
         if settings.report is not None:

@@ -34,7 +34,7 @@ def check_model_kind(location: Location, role: str) -> None:
 
     Args:
         location: of the model.
-        role: what to call it in messages ("host", "unaligned model").
+        role: what to call it in messages ("host", "unaligned model", "judge").
 
     Raises:
         HostError: it is quantised by a method that is not run, a quantised encoder-decoder model, a composite around an

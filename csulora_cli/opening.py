@@ -1,11 +1,14 @@
 """What every command does before its own work: find the host, check it against the adapters, load it.
 
-Also what goes with it: warnings kept for the report, and what the machine refuses as errors of our own.
+Also what goes with it: warnings kept for the report, another start on the CPU where the device has no memory, what the
+machine refuses as errors of our own, and inputs that change meanwhile.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,11 +16,11 @@ from csulora_cli import html, writer
 from csulora_cli.adapter import Adapter, bind, with_weights
 from csulora_cli.checkpoint import CONFIG_NAME, weight_files
 from csulora_cli.engine.attach import weight_of
-from csulora_cli.engine.host import Host, load_host
-from csulora_cli.engine.memory import is_out_of_memory
-from csulora_cli.engine.progress import Progress
+from csulora_cli.engine.host import Host, choose_device, load_host
+from csulora_cli.engine.memory import is_out_of_memory, release_memory
+from csulora_cli.engine.progress import Progress, Silent
 from csulora_cli.errors import HostError, InputError, ResourceError, UnsupportedError, UsageError
-from csulora_cli.files import check_new_file, sha256_of
+from csulora_cli.files import Stamp, check_new_file, sha256_of
 from csulora_cli.formats.replication import Replication, grow
 from csulora_cli.formats.structure import Structure, structure_of
 from csulora_cli.locate import (
@@ -26,11 +29,17 @@ from csulora_cli.locate import (
     RUN_FILES,
     Location,
     files_matching,
+    files_of,
     locate_model,
     public_name,
 )
 from csulora_cli.report import InputRecord
+from csulora_cli.settings import AUTO, CompareSettings, EvalSettings, FixSettings
 from csulora_cli.text import printable
+
+CommandSettings = FixSettings | EvalSettings | CompareSettings
+Settings = TypeVar("Settings", FixSettings, EvalSettings, CompareSettings)
+Report = TypeVar("Report")
 
 
 class Recorder:
@@ -47,6 +56,36 @@ class Recorder:
         if message not in self.warnings:
             self.warnings.append(message)
             self._warn(message)
+
+
+def run_on_device(
+    work: Callable[[Settings, Recorder], Report], settings: Settings, progress: Progress | None
+) -> Report:
+    """The result of a command's work, begun again on the CPU where the device that csulora chose has no memory for it.
+
+    Args:
+        work: must be repeatable: it leaves nothing behind when it fails.
+        settings: what to do.
+        progress: receives stages, steps and warnings.
+
+    Raises:
+        CsuloraError: what `work` raises, or what the machine refuses as one of ours.
+    """
+    recorder = Recorder(progress or Silent())
+    with resource_errors():
+        try:
+            return work(settings, recorder)
+        except Exception as problem:
+            if not is_out_of_memory(problem) or not _may_leave_device(settings):
+                raise
+        release_memory()
+        recorder.warn("out of memory on the device: starting again on the CPU, which is slower")
+        return work(replace(settings, device="cpu"), recorder)
+
+
+def _may_leave_device(settings: CommandSettings) -> bool:
+    """Whether the device was csulora's choice, and is not the CPU already."""
+    return settings.device == AUTO and choose_device(AUTO).type != "cpu"
 
 
 @contextmanager
@@ -85,6 +124,21 @@ def check_report(page: Path | None, overwrite: bool, out: Path | None = None) ->
     check_new_file(page, "--report", overwrite, html.MARK)
     if out is not None and page.resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(f"--report {printable(page)} is where --out {printable(out)} is to be")
+
+
+def stamps_of(location: Location, patterns: Sequence[str]) -> list[Stamp]:
+    """What the files of an input look like before they are read, for `check_unchanged`."""
+    return [Stamp.of(path) for path in files_of(location, patterns)]
+
+
+def check_unchanged(stamps: Iterable[Stamp]) -> None:
+    """Check that all files are still those that were read.
+
+    Raises:
+        InputError: one was changed, replaced or removed.
+    """
+    for stamp in stamps:
+        stamp.check(InputError)
 
 
 def model_files(trust_remote_code: bool) -> tuple[str, ...]:

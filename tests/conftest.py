@@ -261,12 +261,16 @@ class Ran:
 
 @pytest.fixture
 def clean_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No variables that change what the command line prints; signal handlers as they were."""
+    """No variables that change what the command line prints; signal handlers as they were afterwards."""
     for name in ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "CSULORA_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
-    former = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    formers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in formers:  # in the background one may be ignored
+        signal.signal(number, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGTERM, former)
+    for number, former in formers.items():
+        signal.signal(number, former)
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ import sys
 import time
 from typing import Any
 
+from csulora_cli.cli import interrupts
 from csulora_cli.cli.main import main
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
 
 
@@ -33,12 +35,15 @@ class Touches:
 
 
 def child(request: dict[str, Any]) -> None:
-    """One run; never returns."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """One run; never returns. A signal waits until it listens, as if it came then."""
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     touches = Touches(request["below"], request["event"], request["signal"])
     sys.argv = ["csulora", *request["args"]]
+    for number in SIGNALS:  # in the background one may be ignored, and after the first run both are
+        signal.signal(number, signal.SIG_DFL)
+    interrupts.listen()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = 1
     try:
         main()
@@ -53,6 +58,7 @@ def child(request: dict[str, Any]) -> None:
 
 with contextlib.suppress(SystemExit):
     main()
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 for line in sys.stdin:
     request = json.loads(line)
     started = time.monotonic()

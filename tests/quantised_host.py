@@ -9,8 +9,10 @@ import torch
 from conftest import HOSTS, make_host
 from safetensors.torch import load_file, save_file
 
-# The CPU kernels of bitsandbytes want rows of whole blocks of 64.
+# The CPU kernels of bitsandbytes want rows of whole blocks of 64, and some of them rows by 32.
 HOSTS["wide llama"] = ("LlamaConfig", {"hidden_size": 64, "intermediate_size": 128})
+HOSTS["llama, half a block more"] = ("LlamaConfig", {"hidden_size": 128, "intermediate_size": 160})
+HOSTS["llama, few rows"] = ("LlamaConfig", {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 1})
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "bitsandbytes, NF4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "bitsandbytes, NF4, nested": {
@@ -23,11 +25,11 @@ BITSANDBYTES: dict[str, dict[str, Any]] = {
 FP8: dict[str, int | None] = {"FP8, one scale a matrix": None, "FP8, one scale a block": 32}
 
 
-def write_quantised_host(name: str, folder: Path) -> Path:
-    """A quantised host of one of the kinds above."""
+def write_quantised_host(name: str, folder: Path, kind: str = "wide llama") -> Path:
+    """A host quantised in one of the ways above."""
     import transformers
 
-    plain = make_host("wide llama", folder / "plain")
+    plain = make_host(kind, folder / "plain")
     out = folder / "quantised"
     shutil.copytree(plain, out)
     if name in FP8:

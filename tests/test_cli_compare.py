@@ -11,7 +11,7 @@ import typer
 from conftest import Ran
 
 from csulora_cli import comparison, methods
-from csulora_cli.cli.main import app
+from csulora_cli.cli.app import app
 from csulora_cli.comparison import compare_methods
 from csulora_cli.settings import CompareSettings
 

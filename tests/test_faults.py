@@ -16,17 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, make_adapter
+from conftest import Ran, make_adapter, make_guard
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from csulora_cli import api, fitting
+from csulora_cli import api, comparison, evaluation, fitting, opening
 from csulora_cli.api import fix_adapter
+from csulora_cli.cli import interrupts
+from csulora_cli.comparison import compare_methods
 from csulora_cli.engine import behaviour, inputs, prompts_source, weights_source
 from csulora_cli.engine.host import Batch, Host
 from csulora_cli.engine.memory import BatchSize, with_cpu_in_reserve
 from csulora_cli.errors import InputError, ResourceError
-from csulora_cli.settings import FixSettings
+from csulora_cli.evaluation import evaluate_adapters
+from csulora_cli.settings import CompareSettings, EvalSettings, FixSettings
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
@@ -132,7 +135,8 @@ class Killed:
         if self.out.exists():
             assert contents(self.out) == former or is_whole(self.out)
         if ran.code != -signal.SIGKILL:
-            assert ran.code in (0, 130, 143), ran.err
+            assert ran.code in (0, 128 + number), ran.err
+            assert (interrupts.MESSAGE in ran.err) is (ran.code != 0)
             assert former is None or self.out.exists()
         again = self.run()
         assert again.code == 0, again.err
@@ -328,6 +332,101 @@ def test_a_host_that_changes_meanwhile_is_an_input_error(
     assert list(settings.out.parent.iterdir()) == []
 
 
+CUT_WHEN_THE_WEIGHTS_ARE_READ = """
+import os, sys
+from csulora_cli.cli import console, main
+from csulora_cli.files import Stamp
+file, when = sys.argv[1:3]
+check, stage = Stamp.check, console.TerminalProgress.stage
+def cut():
+    os.truncate(file, 4096)
+def checked(stamp, error):
+    check(stamp, error)
+    if when == "after the check" and str(stamp.path) == file:
+        cut()
+def staged(progress, name, total=None):
+    stage(progress, name, total)
+    if when == "before" and name == "displacement":
+        cut()
+Stamp.check, console.TerminalProgress.stage = checked, staged
+sys.argv[1:] = sys.argv[3:]
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("role", "when"), [("host", "before"), ("unaligned", "after the check")])
+def test_weights_that_are_cut_off_end_the_run_and_nothing_else_happens(
+    role: str, when: str, by_weights: Callable[..., FixSettings], tmp_path: Path
+) -> None:
+    settings = by_weights()
+    models = {"host": tmp_path / "models" / "llama", "unaligned": tmp_path / "models" / "unaligned"}
+    shutil.copytree(str(settings.base), models["host"])
+    shutil.copytree(str(settings.unaligned), models["unaligned"])
+    file = models[role] / "model.safetensors"
+    command = ["fix", settings.adapter, "--base", models["host"], "--unaligned", models["unaligned"], "--out",
+               settings.out, "--quiet"]  # fmt: skip
+    before = contents(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", CUT_WHEN_THE_WEIGHTS_ARE_READ, str(file), when, *map(str, command)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    if when == "before":
+        lines = f"error: {file} changed while it was being used\nhint: Run again when it is complete.\n"
+        assert (ran.returncode, ran.stderr) == (4, lines)
+    else:
+        assert ran.returncode == -signal.SIGBUS
+    cut = str(file.relative_to(tmp_path))
+    assert contents(tmp_path) == {**before, cut: before[cut][:4096]}
+
+
+@pytest.fixture
+def measuring(
+    hosts: Callable[..., Path], adapters: Callable[..., Path], prompts: Path, tmp_path: Path
+) -> Callable[..., Callable[[Any], Any]]:  # fmt: skip
+    """`measuring("eval", …)(progress)` runs `eval` or `compare` on copies in `models`; it writes to `here`."""
+    sources = {"adapter": adapters("llama"), "host": hosts("llama"), "unaligned": hosts("llama", seed=7)}
+    models = {name: tmp_path / "models" / name for name in sources}
+    for name, folder in models.items():
+        shutil.copytree(sources[name], folder)
+    guard, here = make_guard(tmp_path / "models" / "judge"), tmp_path / "here"
+    adapter, host, unaligned = map(str, models.values())
+
+    def make(command: str, **changes: Any) -> Callable[[Any], Any]:
+        common = {"prompts": prompts, "limit": 2, "answer_tokens": 2, "report": here / "page.html", **changes}
+        if command == "eval":
+            evaluated = EvalSettings((adapter,), host, judge=str(guard), save_answers=here / "answers.jsonl", **common)
+            return lambda progress: evaluate_adapters(evaluated, progress)
+        compared = CompareSettings(
+            adapter, host, unaligned=unaligned, methods="shrink,keep-out", points=2, out=here / "out", **common
+        )
+        return lambda progress: compare_methods(compared, progress)
+
+    return make
+
+
+@pytest.mark.parametrize("change", [_grow, _replace], ids=["grown", "replaced"])
+@pytest.mark.parametrize(
+    ("command", "stage", "name"),
+    [
+        ("eval", "measure", "adapter/adapter_model.safetensors"),
+        ("eval", "report", "host/tokenizer.json"),
+        ("eval", "report", "judge/model.safetensors"),
+        ("compare", "methods", "adapter/adapter_config.json"),
+        ("compare", "strength", "host/model.safetensors"),
+        ("compare", "methods", "unaligned/config.json"),
+        ("compare", "write", "adapter/adapter_model.safetensors"),
+    ],
+)
+def test_what_changes_while_it_is_measured_is_an_input_error(
+    command: str, stage: str, name: str, change: Callable[[Path], object], measuring: Callable[..., Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(InputError, match="changed while it was being used") as caught:
+        measuring(command)(At(stage, lambda: change(tmp_path / "models" / name)))
+    assert name in caught.value.message
+    assert not [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
+
+
 # Memory
 
 
@@ -509,19 +608,33 @@ def test_displacements_without_memory_on_the_device_go_to_the_cpu(
     assert "out of memory on meta: solving on the CPU, which is slower" in progress.warnings
 
 
+RESTARTED = "out of memory on the device: starting again on the CPU, which is slower"
+
+
+@pytest.fixture
+def full_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
+    """`full_gpu(module, name)`: there seems to be a GPU, on which a function that loads a model finds no memory."""
+
+    def pretend(module: Any, name: str) -> None:
+        for place in (api, opening, evaluation, comparison):
+            monkeypatch.setattr(place, "choose_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+        load = getattr(module, name)
+
+        def checked(*args: Any) -> Any:
+            if torch.device("cuda") in args:
+                raise FULL
+            return load(*args)
+
+        monkeypatch.setattr(module, name, checked)
+
+    return pretend
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_model_that_does_not_fit_the_device_runs_on_the_cpu_unless_the_device_was_asked_for(
-    device: str, monkeypatch: pytest.MonkeyPatch, by_prompts: Callable[[str], FixSettings]
+    device: str, full_gpu: Callable[[Any, str], None], by_prompts: Callable[[str], FixSettings]
 ) -> None:
-    opened = fitting.open_host
-
-    def checked(location: Any, modules: Any, device: torch.device, *args: Any) -> Any:
-        if device.type != "cpu":
-            raise FULL
-        return opened(location, modules, device, *args)
-
-    monkeypatch.setattr(fitting, "open_host", checked)
-    monkeypatch.setattr(api, "choose_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+    full_gpu(fitting, "open_host")
     settings = dataclasses.replace(by_prompts("out"), device=device)
     progress = At()
     if device == "cuda":
@@ -529,7 +642,46 @@ def test_a_model_that_does_not_fit_the_device_runs_on_the_cpu_unless_the_device_
             fix_adapter(settings, progress)
         return
     assert fix_adapter(settings, progress).settings["device"] == "cpu"
-    assert "out of memory on the device: starting again on the CPU, which is slower" in progress.warnings
+    assert RESTARTED in progress.warnings
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize(("command", "module"), [("eval", evaluation), ("compare", fitting)])
+def test_measuring_begins_again_on_the_cpu_unless_the_device_was_asked_for(
+    command: str, module: Any, device: str, full_gpu: Callable[[Any, str], None], measuring: Callable[..., Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    full_gpu(module, "open_host")
+    progress = At()
+    run = measuring(command, device=device)
+    if device == "cuda":
+        with pytest.raises(ResourceError, match="out of memory on the device") as caught:
+            run(progress)
+        assert caught.value.exit_code == 5
+        assert not (tmp_path / "here").exists()
+        return
+    report = run(progress)
+    assert report.settings["device"] == "cpu"
+    assert [text for text in report.warnings if "memory" in text] == [RESTARTED]
+    assert progress.warnings.count(RESTARTED) == 1
+    assert (tmp_path / "here" / "page.html").exists()
+
+
+def test_a_judge_that_does_not_fit_the_device_takes_all_to_the_cpu(
+    full_gpu: Callable[[Any, str], None], measuring: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_gpu(evaluation, "load_judge")
+    opened, devices = evaluation.open_host, []
+
+    def on_the_cpu(location: Any, adapters_given: Any, device: torch.device, *args: Any) -> Any:
+        devices.append(device.type)
+        return opened(location, adapters_given, torch.device("cpu"), *args)
+
+    monkeypatch.setattr(evaluation, "open_host", on_the_cpu)
+    report = measuring("eval")(At())
+    assert devices == ["cuda", "cpu"]
+    assert report.models[0].judge is not None
+    assert RESTARTED in report.warnings
 
 
 def test_a_restart_takes_back_the_steps_that_it_repeats() -> None:

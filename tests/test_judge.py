@@ -1,5 +1,6 @@
 """Guard models of both sorts, tiny and made so that their verdict is known: it hangs on the last word alone."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import GUARD_TEMPLATE, make_classifier, make_guard, make_host, make_tokenizer
+from quantised_host import BITSANDBYTES
+from refused_hosts import REFUSED_HOSTS
+from safetensors.torch import load_file, save_file
 
 from csulora_cli.engine import judge as module
 from csulora_cli.engine.judge import harmful_labels, load_judge, plan_judge, read_verdict
@@ -158,3 +162,45 @@ def test_a_judge_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     (tmp_path / "guard" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(HostError, match="cannot load the judge"):
         load_judge(guard, CPU, "float32", trust_remote_code=False)
+
+
+def test_a_classifier_whose_head_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    folder = make_classifier(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_judge(Location("judge", folder), None, trust_remote_code=False)
+    with pytest.raises(HostError, match=r"the judge judge lacks the weights score\.weight") as caught:
+        load_judge(plan, CPU, "float32", trust_remote_code=False)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+@pytest.mark.parametrize("name", [name for name in REFUSED_HOSTS if "GGUF" not in name])
+def test_kinds_that_no_command_runs_are_no_judges_either(name: str, architecture: str, tmp_path: Path) -> None:
+    kind = REFUSED_HOSTS[name]
+    judge = dataclasses.replace(kind, config={**kind.config, "architectures": [architecture]}).write(tmp_path / "judge")
+    with pytest.raises(HostError) as caught:
+        plan_judge(Location(str(judge), judge), None, trust_remote_code=False)
+    assert caught.value.message == f"the judge {judge} {kind.message}"
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(("width", "can_run"), [(64, True), (32, False)])
+def test_a_classifier_in_4_bits_runs_where_its_rows_are_whole_blocks(width: int, can_run: bool, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2,
+        id2label={0: "harmless", 1: "harmful"},
+    )  # fmt: skip
+    classes = transformers.AutoModelForSequenceClassification
+    classes.from_config(config).save_pretrained(tmp_path / "plain")
+    how = transformers.BitsAndBytesConfig(**BITSANDBYTES["bitsandbytes, NF4"])
+    classes.from_pretrained(tmp_path / "plain", quantization_config=how).save_pretrained(tmp_path / "judge")
+    make_tokenizer(more_words="safe unsafe").save_pretrained(tmp_path / "judge")
+    if can_run:
+        assert set(verdicts(tmp_path / "judge")) <= {True, False}
+        return
+    with pytest.raises(HostError, match="of the judge judge on the CPU: blocks of 64 weights do not divide its width"):
+        verdicts(tmp_path / "judge")

@@ -14,6 +14,7 @@ from csulora_cli import model_kind
 from csulora_cli.api import fix_adapter
 from csulora_cli.engine import behaviour, prompts_source
 from csulora_cli.engine.host import load_host
+from csulora_cli.engine.packed import check_blocks
 from csulora_cli.errors import HostError
 from csulora_cli.evaluation import evaluate_adapters
 from csulora_cli.locate import Location
@@ -140,3 +141,53 @@ def test_an_adapter_of_another_model_is_refused_before_the_weights_are_read(
         fix_adapter(
             FixSettings(str(adapters("llama")), base=str(quantised(NF4)), out=tmp_path / "out", prompts=prompts)
         )
+
+
+WIDTH = r"cannot run 'model\.layers\.0\.{} of the host .* on the CPU: blocks of 64 .* do not divide its width of {}"
+
+
+@pytest.mark.parametrize("nf4", [NF4, "bitsandbytes, NF4, nested"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("llama", WIDTH.format(r"self_attn\.q_proj'", 32)),
+        ("llama, half a block more", WIDTH.format(r"mlp\.down_proj'", 160)),
+    ],
+)
+def test_rows_that_are_no_whole_blocks_are_refused_on_the_cpu(
+    nf4: str, kind: str, message: str, prompts: Path, tmp_path: Path
+) -> None:
+    host = write_quantised_host(nf4, tmp_path / "host", kind)
+    adapter = make_adapter(tmp_path / "host" / "plain", tmp_path / "adapter")
+    with pytest.raises(HostError, match=message) as caught:
+        fix_adapter(FixSettings(str(adapter), base=str(host), prompts=prompts, out=tmp_path / "out", device="cpu"))
+    assert caught.value.hint == "Give the full-precision model that it was made from, or run it on a GPU."
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(HostError, match=message):
+        evaluate_adapters(EvalSettings((str(adapter),), str(host), prompts=prompts, device="cpu"))
+
+
+def test_rows_by_32_are_wanted_where_the_cpu_packs_them_so(tmp_path: Path) -> None:
+    import transformers
+
+    host = write_quantised_host(NF4, tmp_path, "llama, few rows")
+    model = transformers.AutoModelForCausalLM.from_pretrained(host)
+    location = Location("few\x1b", host)
+    for is_packing in (False, True):
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = is_packing
+        if not is_packing:
+            check_blocks(model, CPU, location, "host")
+            continue
+        message = r"k_proj' of the host few\\x1b on the CPU: its 16 rows are no multiple of 32"
+        with pytest.raises(HostError, match=message):
+            check_blocks(model, CPU, location, "host")
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama, half a block more"])
+def test_8_bits_have_no_blocks(kind: str, tmp_path: Path, prompts: Path) -> None:
+    host = write_quantised_host(INT8, tmp_path / "host", kind)
+    adapter = make_adapter(tmp_path / "host" / "plain", tmp_path / "adapter")
+    settings = FixSettings(str(adapter), base=str(host), prompts=prompts, out=tmp_path / "out", strength=3.0)
+    assert fix_adapter(settings).moved > 0

@@ -125,9 +125,9 @@ def compare(
         "trust_remote_code": trust_remote_code,
     }
     settings = CompareSettings(adapter, **options.merged(config, "compare", given))
-    with console.progress(is_quiet) as progress:
-        from csulora_cli.comparison import compare_methods
+    from csulora_cli.comparison import compare_methods
 
+    with console.progress(is_quiet) as progress:
         result = compare_methods(settings, progress)
     if is_json:
         console.json_out(result.to_dict())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csulora_cli.cli import interrupts
 from csulora_cli.text import printable
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class TerminalProgress:
 
     def stage(self, name: str, total: int | None = None) -> None:
         """A stage begins."""
+        interrupts.check()
         self._name, self._done, self._total = STAGES.get(name, name), 0, total
         if self._bar is not None:
             if self._task is not None:
@@ -61,6 +63,7 @@ class TerminalProgress:
 
     def advance(self, steps: int = 1) -> None:
         """Steps are done."""
+        interrupts.check()
         self._done += steps
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, steps)
@@ -80,9 +83,13 @@ class TerminalProgress:
 
 @contextmanager
 def progress(is_quiet: bool) -> Iterator[TerminalProgress]:
-    """A `TerminalProgress` for the time of a command."""
+    """A `TerminalProgress` for the time of a command's work; a signal is raised in it, so that it cleans up.
+
+    What takes time to import is to be imported before.
+    """
     if is_quiet or not sys.stderr.isatty():
-        yield TerminalProgress(None, is_quiet)
+        with interrupts.raised():
+            yield TerminalProgress(None, is_quiet)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -94,7 +101,7 @@ def progress(is_quiet: bool) -> Iterator[TerminalProgress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with interrupts.raised(), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield TerminalProgress(bar, is_quiet)
 
 

@@ -38,11 +38,11 @@ def demo(
     Needs no network and no GPU, and takes about a minute. The models are tiny and speak a toy language: the demo shows
     what the command does, not how well it works on real models.
     """
-    with ExitStack() as stack:
-        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="csulora-demo-")))
-        progress = stack.enter_context(console.progress(is_quiet))
-        from csulora_cli.demo import run_demo
+    from csulora_cli.demo import run_demo
 
+    with ExitStack() as stack:
+        progress = stack.enter_context(console.progress(is_quiet))
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="csulora-demo-")))
         result = run_demo(folder, report, progress)
     if is_json:
         scores = {name: asdict(score) for name, score in result.scores.items()}

@@ -128,9 +128,9 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     settings = EvalSettings(tuple(adapters), **options.merged(config, "eval", given))
-    with console.progress(is_quiet) as progress:
-        from csulora_cli.evaluation import evaluate_adapters
+    from csulora_cli.evaluation import evaluate_adapters
 
+    with console.progress(is_quiet) as progress:
         result = evaluate_adapters(settings, progress)
     if is_json:
         console.json_out(result.to_dict())

@@ -163,9 +163,9 @@ def fix(
         "trust_remote_code": trust_remote_code,
     }
     settings = FixSettings(**options.merged(config, "fix", given))
-    with console.progress(is_quiet) as progress:
-        from csulora_cli.api import fix_adapter
+    from csulora_cli.api import fix_adapter
 
+    with console.progress(is_quiet) as progress:
         result = fix_adapter(settings, progress)
     if is_json:
         console.json_out(result.to_dict())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from csulora_cli.engine.attach import Update, applied
 from csulora_cli.engine.memory import BatchSize, is_out_of_memory
+from csulora_cli.engine.packed import check_blocks
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.formats.replication import Repeats
 from csulora_cli.formats.structure import model_class
@@ -496,7 +497,8 @@ def load_host(
         role: what the model is called in errors.
 
     Raises:
-        HostError: transformers cannot load it, or it does not say how its decoder begins.
+        HostError: transformers cannot load it, it lacks weights or has some that cannot run there, or it does not say
+            how its decoder begins.
     """
     import transformers
 
@@ -504,7 +506,7 @@ def load_host(
         with quiet_transformers(), pretrained(location, trust_remote_code) as source:
             config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
             check_gguf_architecture(location, config, role)
-            _dequantise_fp8(config)
+            dequantise_fp8(config)
             wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
             model, found = model_class(config).from_pretrained(
@@ -521,6 +523,7 @@ def load_host(
             hint = "It brings its own code: read it, then add --trust-remote-code."
         raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(problem)}", hint) from None
     check_complete(found, location, role)
+    check_blocks(model, device, location, role)
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
     prefix = _decoder_prefix(model, location, role)  # from settings that the next line drops
     model.generation_config = _stops_only(model.generation_config, prefix)
@@ -547,7 +550,7 @@ def _decoder_prefix(model: Any, location: Location, role: str) -> tuple[int, ...
     return prefix
 
 
-def _dequantise_fp8(config: Any) -> None:
+def dequantise_fp8(config: Any) -> None:
     """Let transformers dequantise FP8 weights everywhere, as it does on its own where no kernel runs them."""
     own = getattr(config, "quantization_config", None)
     if isinstance(own, dict) and own.get("quant_method") == "fp8":

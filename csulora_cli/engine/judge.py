@@ -19,13 +19,16 @@ from csulora_cli.engine.host import (
     Host,
     check_complete,
     choose_dtype,
+    dequantise_fp8,
     load_host,
     quiet_transformers,
 )
 from csulora_cli.engine.memory import is_out_of_memory
+from csulora_cli.engine.packed import check_blocks
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.files import read_json_object
 from csulora_cli.locate import Location
+from csulora_cli.model_kind import check_model_kind
 from csulora_cli.text import printable, some
 
 CLASSIFIER_BATCH = 16
@@ -77,11 +80,12 @@ def plan_judge(location: Location, label: str | None, trust_remote_code: bool) -
         trust_remote_code: let its own code run.
 
     Raises:
-        HostError: its config cannot be read.
+        HostError: its config cannot be read, or it is of a kind that is not run, such as most quantised ones.
         UsageError: the label is not among the classifier's or cannot be found, or a causal guard is given one.
     """
     import transformers
 
+    check_model_kind(location, "judge")
     names = read_json_object(location.folder / CONFIG_NAME, HostError).get("architectures")
     if not isinstance(names, list) or not any(str(name).endswith(_CLASSIFIER) for name in names):
         if label is not None:
@@ -228,6 +232,7 @@ def _load_classifier(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with _loading(location):
         config = transformers.AutoConfig.from_pretrained(folder, **options)
+        dequantise_fp8(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -238,4 +243,5 @@ def _load_classifier(
             **options,
         )
     check_complete(found, location, "judge")
+    check_blocks(model, device, location, "judge")
     return TextClassifier(model.to(device).eval(), tokenizer, device, labels)
