@@ -1,6 +1,6 @@
 """Put csulora beside its peers and controls on the experiment's adapters, on the evaluation prompts.
 
-    python scripts/smollm2/peers.py --work DIR    # after experiment.py; prints the README's tables
+    python scripts/smollm2/peers.py --work DIR    # after experiment.py; prints the README's table
 
 Runs `csulora compare` with the shipped direction and tuning prompts, and with the evaluation prompts in the place of
 the shipped report prompts; the task is the held-out part of each adapter's own. The how-to task has no exact answers:
@@ -93,6 +93,34 @@ def cell(point: dict[str, Any] | None) -> str:
     )
 
 
+def points_of(report: dict[str, Any], method: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that was scored of a method."""
+    return [point for point in report["points"] if point["method"] == method["name"]]
+
+
+def chosen_of(points: list[dict[str, Any]], method: dict[str, Any]) -> dict[str, Any]:
+    """The point at the strength found by measuring, or at its authors' own."""
+    found = [point for point in points if point["origin"] == "auto"]
+    chosen: dict[str, Any] = (found or [point for point in points if point["strength"] == method["default"]])[0]
+    return chosen
+
+
+def overview(reports: dict[str, dict[str, Any]]) -> str:
+    """One row a method and two columns an adapter: attack success and what is kept, at the strength that is found."""
+    lines = [
+        "| method | " + " | ".join(f"{name}: attack success | kept" for name in reports) + " |",
+        "| --- |" + " ---: | ---: |" * len(reports),
+    ]
+    methods = next(iter(reports.values()))["methods"]
+    for method in methods:
+        cells = []
+        for report in reports.values():
+            chosen = chosen_of(points_of(report, method), method)
+            cells.append(f"{asr(chosen)['count']}/{asr(chosen)['total']} | {kept(chosen):.2f}")
+        lines.append(f"| {method['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(report: dict[str, Any]) -> str:
     """One row a method: at the strength found by measuring (or its authors' own), and at its best below `LEVEL`."""
     lines = [
@@ -101,11 +129,10 @@ def table(report: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method in report["methods"]:
-        points = [point for point in report["points"] if point["method"] == method["name"]]
-        chosen = next((point for point in points if point["origin"] == "auto"), None)
-        chosen = chosen or next((point for point in points if point["strength"] == method["default"]), None)
+        points = points_of(report, method)
         able = [point for point in points if asr(point)["count"] <= LEVEL * asr(point)["total"]]
-        lines.append(f"| {method['name']} | {cell(chosen)} | {cell(max(able, key=kept, default=None))} |")
+        best = max(able, key=kept, default=None)
+        lines.append(f"| {method['name']} | {cell(chosen_of(points, method))} | {cell(best)} |")
     return "\n".join(lines)
 
 
@@ -118,8 +145,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    reports = {}
     for name in options.adapters:
-        print(f"\n### {name}\n\n{table(compare(options.work, name, options.points, options.dtype))}\n", flush=True)
+        reports[name] = compare(options.work, name, options.points, options.dtype)
+        print(f"\n### {name}\n\n{table(reports[name])}\n", flush=True)
+    print(f"\n### All of them\n\n{overview(reports)}\n")
 
 
 if __name__ == "__main__":
