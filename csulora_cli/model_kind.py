@@ -25,8 +25,16 @@ _QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq
 # How llama.cpp names the parts of a file that it has split, and what reads GGUF files for transformers.
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _GGUF_PACKAGES = ("gguf", "accelerate")
+_COMPRESSED = "compressed-tensors"
 # Methods that transformers runs or dequantises on any device, and the packages that it asks for.
-_RUNNABLE: Mapping[str, Sequence[str]] = {"bitsandbytes": ("bitsandbytes", "accelerate"), "fp8": ("accelerate",)}
+_RUNNABLE: Mapping[str, Sequence[str]] = {
+    "bitsandbytes": ("bitsandbytes", "accelerate"),
+    "fp8": ("accelerate",),
+    "mxfp4": (),
+    _COMPRESSED: ("compressed_tensors",),
+}
+# Of its formats, those whose dequantised weights were compared.
+_COMPRESSED_FORMATS = frozenset({"int-quantized", "float-quantized", "pack-quantized"})
 
 
 def check_model_kind(location: Location, role: str) -> None:
@@ -50,6 +58,8 @@ def check_model_kind(location: Location, role: str) -> None:
     if (packages := _RUNNABLE.get(runnable)) is not None:
         if config.get("is_encoder_decoder") is True:
             raise _quantised(name, f"{runnable}, an encoder-decoder model")
+        if runnable == _COMPRESSED and (obstacle := _compressed_obstacle(config["quantization_config"])) is not None:
+            raise _quantised(name, f"{runnable}, {obstacle}")
         _check_packages(f"{name} is quantised", packages, "quantised")
     elif (method := quantization(location.folder, config)) is not None:
         raise _quantised(name, method)
@@ -118,6 +128,21 @@ def _runnable_method(config: Mapping[str, Any]) -> str:
     """The method that the config as a whole names; empty if it names none."""
     own = config.get("quantization_config")
     return _method(own) if isinstance(own, dict) else ""
+
+
+def _compressed_obstacle(own: Mapping[str, Any]) -> str | None:
+    """What of a compressed-tensors description keeps transformers from dequantising it as meant; None if nothing does.
+
+    transformers takes the first scheme for every layer outside the experts, without a word, and undoes no rotation.
+    """
+    groups = own.get("config_groups")
+    schemes = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    if len(schemes) != 1:
+        return f"{len(schemes)} schemes"
+    if own.get("transform_config"):
+        return "rotated"
+    weights_format = schemes[0].get("format") or own.get("format")
+    return None if weights_format in _COMPRESSED_FORMATS else str(weights_format)
 
 
 def quantization(folder: Path, config: Mapping[str, Any]) -> str | None:

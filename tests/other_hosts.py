@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from gguf_host import dequantised, write_gguf_host
-from quantised_host import BITSANDBYTES, FP8, write_quantised_host
+from quantised_host import BITSANDBYTES, WRITTEN, reference, write_quantised_host
 
 from csulora_cli.locate import Location
 
@@ -32,10 +32,10 @@ def _gguf(weights: str, folder: Path) -> OtherHost:
 
 def _quantised(name: str, folder: Path) -> OtherHost:
     host = write_quantised_host(name, folder)
-    return OtherHost(Location(str(host), host), host)
+    return OtherHost(Location(str(host), host), reference(host))
 
 
 # Each writes its host below an empty folder.
 OTHER_HOSTS: dict[str, Callable[[Path], OtherHost]] = {
     f"GGUF, {weights}": partial(_gguf, weights) for weights in ("F32", "F16", "Q8_0", "Q4_0")
-} | {name: partial(_quantised, name) for name in (*BITSANDBYTES, *FP8)}
+} | {name: partial(_quantised, name) for name in (*BITSANDBYTES, *WRITTEN)}

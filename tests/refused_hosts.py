@@ -33,11 +33,22 @@ def quantised(message: str, **description: Any) -> RefusedHost:
     return RefusedHost(f"is quantised ({message})", {"quantization_config": description})
 
 
+def compressed(obstacle: str, *schemes: dict[str, Any], **description: Any) -> RefusedHost:
+    groups = {f"group_{index}": scheme for index, scheme in enumerate(schemes)}
+    return quantised(
+        f"compressed-tensors, {obstacle}", quant_method="compressed-tensors", config_groups=groups, **description
+    )
+
+
 REFUSED_HOSTS = {
     "GPTQ": quantised("gptq, 4 bits", quant_method="gptq", bits=4, group_size=128),
     "AWQ": quantised("awq, 4 bits", quant_method="awq", bits=4, version="gemm"),
-    "compressed-tensors": quantised("compressed-tensors", quant_method="compressed-tensors", format="pack-quantized"),
-    "MXFP4": quantised("mxfp4", quant_method="mxfp4"),
+    "compressed-tensors, NVFP4": compressed("nvfp4-pack-quantized", {"format": "nvfp4-pack-quantized"}),
+    "compressed-tensors, several schemes": compressed("2 schemes", {}, {}, format="pack-quantized"),
+    "compressed-tensors, no scheme": compressed("0 schemes", format="pack-quantized"),
+    "compressed-tensors, rotated": compressed(
+        "rotated", {}, format="pack-quantized", transform_config={"config_groups": {"u": {"type": "hadamard"}}}
+    ),
     "a method that is not named": quantised("by an unknown method", group_size=64),
     "quantised, the language model of a composite": RefusedHost(
         "is quantised (awq, 4 bits)", {"text_config": {"quantization_config": {"quant_method": "awq", "bits": 4}}}

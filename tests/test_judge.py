@@ -1,19 +1,19 @@
 """Guard models of both sorts, tiny and made so that their verdict is known: it hangs on the last word alone."""
 
-import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import GUARD_TEMPLATE, make_classifier, make_guard, make_host, make_tokenizer
-from quantised_host import BITSANDBYTES
+from quantised_host import BITSANDBYTES, WRITTEN, round_weights
 from refused_hosts import REFUSED_HOSTS
 from safetensors.torch import load_file, save_file
 
 from csulora_cli.engine import judge as module
-from csulora_cli.engine.judge import harmful_labels, load_judge, plan_judge, read_verdict
+from csulora_cli.engine.judge import TextClassifier, harmful_labels, load_judge, plan_judge, read_verdict
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.locate import Location
 
@@ -52,6 +52,17 @@ def test_a_text_classifier_gives_the_same_in_batches(
 ) -> None:
     monkeypatch.setattr(module, "CLASSIFIER_BATCH", batch)
     assert verdicts(make_classifier(tmp_path)) == VERDICTS
+
+
+def test_a_quantised_classifier_is_dequantised(tmp_path: Path) -> None:
+    plain, folder = make_classifier(tmp_path / "plain"), tmp_path / "quantised"
+    written = replace(WRITTEN["compressed-tensors, int8"], endings=("score.weight",))
+    round_weights(written, plain, folder, tmp_path / "rounded")
+    assert verdicts(folder) == VERDICTS
+    plan = plan_judge(Location("judge", folder), None, trust_remote_code=False)
+    loaded = load_judge(plan, CPU, "float32", trust_remote_code=False)
+    assert isinstance(loaded, TextClassifier)
+    assert not loaded._model.is_quantized
 
 
 def test_a_classifier_whose_tokenizer_cannot_pad_reads_texts_one_by_one(tmp_path: Path) -> None:
@@ -179,7 +190,7 @@ def test_a_classifier_whose_head_is_missing_is_not_made_up(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", [name for name in REFUSED_HOSTS if "GGUF" not in name])
 def test_kinds_that_no_command_runs_are_no_judges_either(name: str, architecture: str, tmp_path: Path) -> None:
     kind = REFUSED_HOSTS[name]
-    judge = dataclasses.replace(kind, config={**kind.config, "architectures": [architecture]}).write(tmp_path / "judge")
+    judge = replace(kind, config={**kind.config, "architectures": [architecture]}).write(tmp_path / "judge")
     with pytest.raises(HostError) as caught:
         plan_judge(Location(str(judge), judge), None, trust_remote_code=False)
     assert caught.value.message == f"the judge {judge} {kind.message}"

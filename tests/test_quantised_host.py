@@ -7,8 +7,9 @@ from typing import Any
 import oracle
 import pytest
 from conftest import make_adapter
-from quantised_host import BITSANDBYTES, FP8, write_quantised_host
+from quantised_host import BITSANDBYTES, WRITTEN, reference, write_quantised_host
 from test_formats import CPU, adapted_logits, gap, logits, peft_logits
+from variants import EXPERTS
 
 from csulora_cli import model_kind
 from csulora_cli.api import fix_adapter
@@ -21,7 +22,8 @@ from csulora_cli.locate import Location
 from csulora_cli.report import FixReport
 from csulora_cli.settings import EvalSettings, FixSettings
 
-NF4, INT8, BLOCKS = "bitsandbytes, NF4", "bitsandbytes, 8 bits", "FP8, one scale a block"
+NF4, INT8 = "bitsandbytes, NF4", "bitsandbytes, 8 bits"
+BLOCKS, INT4 = "FP8, one scale a block", "compressed-tensors, int4 with zero points"
 
 
 @pytest.fixture(autouse=True)
@@ -58,32 +60,38 @@ def fix(quantised: Callable[[str], Path], prompts: Path, tmp_path: Path) -> Call
     return run
 
 
-@pytest.mark.parametrize("name", [*BITSANDBYTES, *FP8])
+@pytest.mark.parametrize("name", [*BITSANDBYTES, *WRITTEN])
 def test_what_is_written_runs_in_peft_as_csulora_says(
     name: str, fix: Callable[..., tuple[Path, Path, FixReport]], quantised: Callable[[str], Path]
 ) -> None:
     _, out, report = fix(name)
     host = load_host(Location("host", quantised(name)), CPU, "auto", trust_remote_code=False)
     plain = logits(host.model)
-    assert gap(adapted_logits(host, out), peft_logits(quantised(name), out), plain) < 2e-5
+    assert gap(adapted_logits(host, out), peft_logits(reference(quantised(name)), out), plain) < 2e-5
     assert report.moved > 0
     exact = logits(oracle.load(quantised(name).parent / "plain"))
     assert 1e-3 < float((plain - exact).norm() / exact.norm()) < 0.5  # it is the quantised model that ran
 
 
-def test_the_update_on_an_fp8_host_is_the_dense_one(
-    fix: Callable[..., tuple[Path, Path, FixReport]], quantised: Callable[[str], Path], prompts: Path, tmp_path: Path
+@pytest.mark.parametrize("name", [BLOCKS, INT4])
+def test_the_update_on_a_dequantised_host_is_the_dense_one(
+    name: str, fix: Callable[..., tuple[Path, Path, FixReport]], quantised: Callable[[str], Path], prompts: Path
 ) -> None:
-    adapter, out, _ = fix(BLOCKS)
-    model = oracle.load(quantised(BLOCKS))
-    plain = type(model)(oracle.load(quantised(BLOCKS).parent / "plain").config)
-    plain.load_state_dict(model.state_dict())
-    plain.save_pretrained(tmp_path / "dense")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "dense" / name).write_bytes((quantised(BLOCKS) / name).read_bytes())
-    wanted = oracle.fade_on_prompts(tmp_path / "dense", adapter, prompts, 3.0, 1.0, 3)
-    for name, update in oracle.merged_updates(tmp_path / "dense", out).items():
-        assert oracle.relative_gap(update, wanted[name]) < 1e-4
+    adapter, out, _ = fix(name)
+    dense = reference(quantised(name))
+    wanted = oracle.fade_on_prompts(dense, adapter, prompts, 3.0, 1.0, 3)
+    for module, update in oracle.merged_updates(dense, out).items():
+        assert oracle.relative_gap(update, wanted[module]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "compressed-tensors, int4, experts"])
+def test_experts_that_were_quantised_are_adapted(
+    name: str, fix: Callable[..., tuple[Path, Path, FixReport]], quantised: Callable[[str], Path]
+) -> None:
+    _, out, report = fix(name, {"target_modules": [], "target_parameters": EXPERTS})
+    host = load_host(Location("host", quantised(name)), CPU, "auto", trust_remote_code=False)
+    assert gap(adapted_logits(host, out), peft_logits(reference(quantised(name)), out), logits(host.model)) < 2e-5
+    assert report.moved > 0
 
 
 def test_eval_takes_a_quantised_host(

@@ -506,7 +506,7 @@ def load_host(
         with quiet_transformers(), pretrained(location, trust_remote_code) as source:
             config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
             check_gguf_architecture(location, config, role)
-            dequantise_fp8(config)
+            dequantise(config)
             wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
             model, found = model_class(config).from_pretrained(
@@ -550,10 +550,13 @@ def _decoder_prefix(model: Any, location: Location, role: str) -> tuple[int, ...
     return prefix
 
 
-def dequantise_fp8(config: Any) -> None:
-    """Let transformers dequantise FP8 weights everywhere, as it does on its own where no kernel runs them."""
+def dequantise(config: Any) -> None:
+    """Let transformers dequantise the weights by every method that can, also where a kernel would run them.
+
+    bitsandbytes pays no heed to it: its weights stay packed.
+    """
     own = getattr(config, "quantization_config", None)
-    if isinstance(own, dict) and own.get("quant_method") == "fp8":
+    if isinstance(own, dict):
         own["dequantize"] = True
 
 

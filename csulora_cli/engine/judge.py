@@ -19,7 +19,7 @@ from csulora_cli.engine.host import (
     Host,
     check_complete,
     choose_dtype,
-    dequantise_fp8,
+    dequantise,
     load_host,
     quiet_transformers,
 )
@@ -232,7 +232,7 @@ def _load_classifier(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with _loading(location):
         config = transformers.AutoConfig.from_pretrained(folder, **options)
-        dequantise_fp8(config)
+        dequantise(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder,
