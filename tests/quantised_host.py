@@ -12,7 +12,7 @@ from conftest import HOSTS, make_host
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# The CPU kernels of bitsandbytes want rows of whole blocks of 64, and some of them rows by 32; MXFP4 wants blocks of 32.
+# The CPU kernels of bitsandbytes want rows of whole blocks of 64, and some of them rows by 32; MXFP4 wants 32.
 HOSTS["wide llama"] = ("LlamaConfig", {"hidden_size": 64, "intermediate_size": 128})
 HOSTS["llama, half a block more"] = ("LlamaConfig", {"hidden_size": 128, "intermediate_size": 160})
 HOSTS["llama, few rows"] = ("LlamaConfig", {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 1})
