@@ -15,6 +15,7 @@ import convolution_host
 import oracle
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from csulora_cli.cli.main import main
@@ -65,10 +66,23 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 64,
     }),
     "hrm-text": ("HrmTextConfig", {"num_layers_per_stack": 1, "num_hidden_layers": 8, "head_dim": 8}),
-    "llava": ("LlavaConfig", {"image_token_index": 63, "vision_config": {
-        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16,
-    }}),
+    "llava": ("LlavaConfig", {
+        "image_token_index": 63, "text_config": {"model_type": "llama"},
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16,
+        },
+    }),
+    "qwen3-vl-moe": ("Qwen3VLMoeConfig", {
+        "text_config": {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+            "patch_size": 8, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        },
+    }),
     "t5": ("T5Config", T5_SIZES),
     "bart": ("BartConfig", {
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -84,7 +98,11 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 ENCODER_DECODERS = ("t5", "bart", "longt5", "switch")
-AUTO_CLASSES = {"llava": "AutoModelForImageTextToText", **dict.fromkeys(ENCODER_DECODERS, "AutoModelForSeq2SeqLM")}
+VISION_LANGUAGE = ("llava", "qwen3-vl-moe")
+AUTO_CLASSES = {
+    **dict.fromkeys(VISION_LANGUAGE, "AutoModelForImageTextToText"),
+    **dict.fromkeys(ENCODER_DECODERS, "AutoModelForSeq2SeqLM"),
+}
 FORCED_BOS = {"bart": 1}
 
 
@@ -103,9 +121,9 @@ def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", templa
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "max_position_embeddings": 128, **common,
         }  # fmt: skip
-        name, own = HOSTS[kind]
-        if name == "LlavaConfig":
-            sizes = {"text_config": {"model_type": "llama", **sizes}, "pad_token_id": 0}
+        name, own = HOSTS[kind][0], dict(HOSTS[kind][1])
+        if kind in VISION_LANGUAGE:
+            sizes = {"text_config": {**sizes, **own.pop("text_config")}, "pad_token_id": 0}
         config = getattr(transformers, name)(**{"tie_word_embeddings": False, **sizes, **own})
     model = getattr(transformers, AUTO_CLASSES.get(kind, "AutoModelForCausalLM")).from_config(config)
     with torch.no_grad():
@@ -113,8 +131,17 @@ def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", templa
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.generation_config.forced_bos_token_id = FORCED_BOS.get(kind)
     model.save_pretrained(folder, max_shard_size=shard)
+    if kind == "qwen3-vl-moe":
+        _transpose_experts(folder / "model.safetensors")
     make_tokenizer(template).save_pretrained(folder)
     return folder
+
+
+def _transpose_experts(file: Path) -> None:
+    """Experts as (experts, in, out), as such models are published; transformers turns them when it loads them."""
+    tensors = load_file(file)
+    turned = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if ".experts." in name}
+    save_file(tensors | turned, file, metadata={"format": "pt"})
 
 
 def _last_word_model(kind: str, template: str | None, folder: Path, **options: Any) -> Any:

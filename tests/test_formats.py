@@ -1,5 +1,6 @@
 """Every variant of adapter: read as PEFT reads it, repaired, and read by PEFT again."""
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import transformers.conversion_mapping
 from conftest import make_adapter
 from formats_doc import Row, render
 from other_hosts import OTHER_HOSTS
@@ -273,6 +275,7 @@ WEIGHTS_SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
     "experts in one tensor": ("gpt-oss", {"target_modules": [], "target_parameters": EXPERTS}),
     "experts one by one": ("mixtral", {"target_modules": QV, "target_parameters": EXPERTS}),
     "experts one by one, other names": ("qwen3-moe", {"target_modules": [], "target_parameters": EXPERTS}),
+    "experts stored the other way round": ("qwen3-vl-moe", {"target_modules": QV, "target_parameters": EXPERTS}),
     "layers repeated, experts one by one": (
         "mixtral",
         {"target_modules": [], "target_parameters": EXPERTS[:1], "layer_replication": [[1, 2], [0, 2]]},
@@ -313,7 +316,10 @@ def test_the_weights_source_repairs_every_layout(
     assert gap(adapted_logits(host, out), peft_logits(hosts(kind), out), logits(host.model)) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "hrm-text", "llava", "gemma3", "gpt2"])
+CONVERTED = ["mixtral", "qwen3-moe", "qwen3-vl-moe", "gpt-oss", "hrm-text", "llava", "gemma3", "gpt2"]
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
 def test_a_checkpoint_gives_every_parameter_as_transformers_loads_it(kind: str, hosts: Callable[..., Path]) -> None:
     loaded = oracle.load(hosts(kind)).state_dict()
     structure = read_structure(Location("host", hosts(kind)), trust_remote_code=False)
@@ -326,6 +332,20 @@ def test_a_checkpoint_gives_every_parameter_as_transformers_loads_it(kind: str, 
             assert checkpoint.tensors[name].shape == loaded[name].shape
             assert torch.equal(checkpoint.read(name), loaded[name]), name
             assert torch.equal(checkpoint.read(name, 1), loaded[name][1]), name
+
+
+def test_no_rule_of_transformers_changes_other_values_than_those_of_experts_under_one_name() -> None:
+    # Names on disk that are those in memory are taken to hold the same values, see `Fitting._is_named_as_on_disk`.
+    mapping = transformers.conversion_mapping._build_checkpoint_conversion_mapping()
+    converters = [rule for rules in mapping.values() for rule in rules if hasattr(rule, "operations")]
+    kept = {
+        target.replace("\\", "")
+        for rule in converters
+        for target in rule.target_patterns
+        if any(re.search(source, target.replace("\\", "")) for source in rule.source_patterns)
+    }
+    assert len(converters) > 50
+    assert kept == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
 
 def test_the_weights_source_repairs_a_convolution_over_images(
