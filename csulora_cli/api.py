@@ -19,7 +19,7 @@ from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_directio
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
 from csulora_cli.engine.search import find_strength
-from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, measure_displacements
+from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, check_geometry, measure_displacements
 from csulora_cli.errors import AdapterError, VerificationError
 from csulora_cli.files import read_bytes, sha256_of, staged_file
 from csulora_cli.fitting import Fitting, check_magnitudes, tell_active
@@ -162,6 +162,7 @@ class _Fix:
 
     def _weights(self) -> tuple[_Solution, _Effects]:
         settings = self.settings
+        check_geometry(self.sites, settings.chosen_geometry)
         self.displacements: dict[str, ModuleDisplacement] = measure_displacements(
             self.sites,
             *self.fitting.oriented(),

@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from csulora_cli.errors import HostError, UnsupportedError
+from csulora_cli.errors import HostError
 from csulora_cli.files import Stamp, is_regular, read_json_object
 from csulora_cli.formats.carried import Carried
+from csulora_cli.formats.layouts import block_diagonal
 from csulora_cli.formats.site import Kind, Site
 from csulora_cli.formats.stored import Recipe, StoredForm
 from csulora_cli.text import printable, some
@@ -165,11 +166,13 @@ class WeightMatch:
         tensor: its name on disk.
         is_transposed: stored as (in, out), like Conv1D; None if the weight is square and nothing tells.
         expert: which part of the tensor it is, or None for all of it.
+        groups: of a convolution, whose weight is stored without the zeros between its groups.
     """
 
     tensor: str
     is_transposed: bool | None
     expert: int | None = None
+    groups: int = 1
 
 
 def match_weights(
@@ -226,18 +229,12 @@ def _match(site: Site, checkpoint: Checkpoint, name: str) -> WeightMatch:
         if shape not in (wanted, wanted[::-1]):
             raise _other_shape(site, checkpoint, name)
         return WeightMatch(name, None if shape[0] == shape[1] else shape != wanted)
-    if place.groups > 1:
-        raise UnsupportedError(
-            f"'{printable(site.name)}' is a convolution of {place.groups} groups, whose weight reads other inputs than "
-            "its update",
-            "The weights source cannot repair it; leave --unaligned out.",
-        )
     is_transposed = place.is_transposed or place.kind is Kind.EMBEDDING
     matrix = shape if place.expert is None else shape[1:]
-    flat = (matrix[0], math.prod(matrix[1:])) if matrix else ()
+    flat = (matrix[0], place.groups * math.prod(matrix[1:])) if matrix else ()
     if flat != (wanted[::-1] if is_transposed else wanted) or (place.expert or 0) >= shape[0]:
         raise _other_shape(site, checkpoint, name)
-    return WeightMatch(name, is_transposed, place.expert)
+    return WeightMatch(name, is_transposed, place.expert, place.groups)
 
 
 def _other_shape(site: Site, checkpoint: Checkpoint, name: str) -> HostError:
@@ -249,7 +246,7 @@ def _other_shape(site: Site, checkpoint: Checkpoint, name: str) -> HostError:
 
 
 def read_weight(checkpoint: Checkpoint, match: WeightMatch) -> Tensor:
-    """A site's weight as (out, in) in float32.
+    """A site's weight as (out, in) in float32; of a convolution with groups on all channels, as its update is.
 
     Raises:
         HostError: it is stored in a form that cannot be computed with.
@@ -260,7 +257,7 @@ def read_weight(checkpoint: Checkpoint, match: WeightMatch) -> Tensor:
             f"'{printable(match.tensor)}' of the {checkpoint.role} is stored as {printable(stored.dtype)}",
             "csulora computes with weights in float32, float16 and bfloat16.",
         )
-    weight = checkpoint.read(match.tensor, match.expert).float().flatten(1)
+    weight = block_diagonal(checkpoint.read(match.tensor, match.expert).float().flatten(1), match.groups)
     return weight.mT if match.is_transposed else weight
 
 

@@ -119,6 +119,7 @@ class CompareReport:
         settings: every setting as it was used.
         prompt_counts: prompts for directions and tuning, and of each kind scored.
         methods: what was run.
+        left_out: what each method does that the inputs did not allow, as a predicate, by name.
         host, adapter: scored beside the points.
         points: by method, strengths ascending.
         levels: by limit, ascending.
@@ -135,6 +136,7 @@ class CompareReport:
     adapter: ModelScore
     points: Sequence[Point]
     levels: Sequence[Level]
+    left_out: Mapping[str, str] = field(default_factory=dict)
     out: str | None = None
     warnings: Sequence[str] = field(default=())
 

@@ -30,6 +30,14 @@ def method_lines(report: CompareReport) -> list[str]:
     return [f"{m.name:<{wide}}  {m.family:<7}  {m.symbol}  {m.summary}" for m in report.methods]
 
 
+def left_out_lines(report: CompareReport) -> list[str]:
+    """The methods that the inputs did not allow, one entry a reason, of any length."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in report.left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"Left out, since each {reason}: {', '.join(own)}." for reason, own in reasons.items()]
+
+
 def point_table(report: CompareReport) -> Table:
     """Host, adapter, and one row a method and strength."""
     winners = {place for level in report.levels for place in level.winners}

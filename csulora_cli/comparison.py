@@ -107,7 +107,7 @@ class _Comparison:
 
     def run(self) -> CompareReport:
         settings = self.settings
-        self.methods = choose(settings.method_names, settings.unaligned is not None)
+        choose(settings.method_names, settings.unaligned is not None)  # before anything is fetched
         self.progress.stage("adapter")
         self.adapter_at = locate(settings.adapter, ADAPTER_FILES, settings.revision)
         if settings.out is not None:
@@ -115,6 +115,9 @@ class _Comparison:
         check_report(settings.report, settings.overwrite, settings.out)
         self.stamps = stamps_of(self.adapter_at, ADAPTER_FILES)
         self.adapter = read_adapter(self.adapter_at.folder)
+        has_groups = any(site.place.groups > 1 for site in self.adapter.sites)
+        chosen = choose(settings.method_names, settings.unaligned is not None, has_groups)
+        self.methods, self.left_out = chosen.methods, chosen.left_out
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts)
         self.task = load_task(settings.task) if settings.task else None
@@ -247,6 +250,7 @@ class _Comparison:
             adapter=score_run(references.adapter, references),
             points=points,
             levels=find_levels(points, host_score.attack_success),
+            left_out=self.left_out,
             out=str(self.settings.out) if self.settings.out else None,
             warnings=tuple(self.progress.warnings),
         )

@@ -85,6 +85,7 @@ def compare_page(report: CompareReport) -> str:
             ("method", "family", "strength", "what it does"),
             tuple((method.name, method.family, method.symbol, method.summary) for method in report.methods),
         ),
+        left_out=compare_wording.left_out_lines(report),
         head=wording.Table((), tuple(compare_wording.head(report))),
         hashes=_hash_table(report.inputs),
     )

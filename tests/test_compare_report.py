@@ -152,13 +152,25 @@ def test_the_table_marks_winners_and_where_strengths_come_from() -> None:
     assert "50 (35-65)" in rows["shrink"]
 
 
+LEFT_OUT = ("keep-out", "keep-in", "safelora-threshold", "safelora-number", "safelora-projector", "lssf", "resta")
+
+
+def test_methods_that_are_left_out_are_named_by_reason() -> None:
+    made = report([], left_out={"lssf": "needs more", "resta": "does too much", "keep-in": "needs more"})
+    assert compare_wording.left_out_lines(made) == [
+        "Left out, since each needs more: lssf, keep-in.", "Left out, since each does too much: resta.",
+    ]  # fmt: skip
+    assert compare_wording.left_out_lines(report([])) == []
+
+
 def test_everything_fits_80_columns_and_is_printable() -> None:
     points = [point("safelora-projector", TOTAL, -0.3, strength=16400.0, origin=Origin.AUTO)]
     for kind in RetentionKind:
-        made = report(points, adapter=score(TOTAL, 1.0, kind=kind))
+        made = report(points, adapter=score(TOTAL, 1.0, kind=kind), left_out=dict.fromkeys(LEFT_OUT, "needs more"))
         lines = [
             *(f"{label:<12}{value}" for label, value in compare_wording.head(made)),
             *compare_wording.method_lines(made),
+            *(line for entry in compare_wording.left_out_lines(made) for line in wrapped(entry).splitlines()),
             *compare_wording.point_table(made).as_text().splitlines(),
             *(line for entry in compare_wording.legend(made) for line in wrapped(entry, "  ").splitlines()),
         ]

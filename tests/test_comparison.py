@@ -79,12 +79,31 @@ def test_every_method_is_scored_at_its_strengths(make: Make, task: Path) -> None
 def test_without_the_unaligned_model_the_others_are_left_out(make: Make) -> None:
     report = compare_methods(make(unaligned=None, points=1))
     assert [method.name for method in report.methods] == ["prompts", "s3lora", "shrink", "rotated", "benign"]
+    assert report.left_out["keep-out"] == "needs the unaligned checkpoint"
+    assert {*report.left_out, *(method.name for method in report.methods)} == set(REGISTRY)
     assert "unaligned" not in report.inputs
 
 
 def test_conv1d_hosts_are_compared_too(make: Make) -> None:
     report = compare_methods(make("gpt2", methods="keep-out,safelora-threshold,lssf", points=1))
     assert {point.method for point in report.points} == {"keep-out", "safelora-threshold", "lssf"}
+
+
+def test_methods_that_a_convolution_with_groups_has_no_place_for_are_left_out(
+    make: Make, hosts: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = str(make_adapter(hosts("convolution"), tmp_path / "adapter", target_modules=["grouped", "out"]))
+    report = compare_methods(make("convolution", adapter=adapter, points=1))
+    run = {method.name for method in report.methods}
+    assert run == {
+        "prompts", "keep-out", "safelora-threshold", "safelora-number", "s3lora",
+        "shrink", "random-keep-out", "rotated", "benign",
+    }  # fmt: skip
+    assert {point.method for point in report.points} == run
+    assert set(report.left_out) == REGISTRY.keys() - run
+    assert report.to_dict()["left_out"]["lssf"].startswith("makes a lora_B")
+    with pytest.raises(UsageError, match="the method lssf makes a lora_B"):
+        compare_methods(make("convolution", adapter=adapter, methods="prompts,lssf"))
 
 
 # The split

@@ -217,6 +217,7 @@ def test_documentation_says_what_was_measured(
     loaded = {name: on_other_host(name) for name in OTHER_HOSTS}
     refused_hosts = {name: host.message for name, host in REFUSED_HOSTS.items()}
     names = [f"{name} ({kind})" for name, (kind, _) in WEIGHTS_SOURCE.items()]
+    names.append("convolution with groups, by keep-out alone (convolution)")
     text = render(rows, plain_conversions, refusals, loaded, refused_hosts, names)
     path = Path(__file__).parents[1] / "docs" / "formats.md"
     if request.config.getoption("--write-docs"):
@@ -368,11 +369,39 @@ def kernel_update(host: Path, adapter: Path, name: str) -> Tensor:
     return update.detach().double().flatten(1)
 
 
-def test_a_convolution_with_groups_is_refused_by_the_weights_source(
+def test_the_keep_out_update_of_a_convolution_with_groups_is_the_dense_one(
     fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
 ) -> None:
-    with pytest.raises(UnsupportedError, match="a convolution of 4 groups"):
-        fix("convolution", {"target_modules": ["grouped"]}, unaligned=str(hosts("convolution", seed=7)))
+    made = {"target_modules": ["grouped", "out"], "r": 8}
+    adapter, out, _ = fix("convolution", made, unaligned=str(hosts("convolution", seed=7)), strength=3.0)
+    host = load_host(Location("host", hosts("convolution")), CPU, "float32", trust_remote_code=False)
+    assert gap(adapted_logits(host, out), peft_logits(hosts("convolution"), out), logits(host.model)) < 2e-5
+    models = [oracle.load(hosts("convolution", **options)) for options in ({}, {"seed": 7})]
+    after = {site.name: site for site in bound(host, out).sites}
+    for site in bound(host, adapter).sites:
+        if site.place.groups == 1:
+            continue
+        own, other = (on_all_channels(model.get_submodule(site.name)) for model in models)
+        update, found = (each.scale * each.lora_b.double() @ each.lora_a.double() for each in (site, after[site.name]))
+        assert oracle.relative_gap(found, oracle.keep_out(update, own - other, 3.0, 0.9, None)) < 1e-5
+
+
+def on_all_channels(layer: torch.nn.Conv1d) -> Tensor:
+    """What a convolution with groups makes of one patch of all channels, (out, in·kernel), column by column."""
+    size = layer.in_channels * layer.kernel_size[0]
+    patches = torch.eye(size, dtype=torch.float64).reshape(size, layer.in_channels, -1)
+    kernel = layer.weight.detach().double()
+    return torch.nn.functional.conv1d(patches, kernel, groups=layer.groups).flatten(1).mT
+
+
+def test_keep_in_refuses_a_convolution_with_groups(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = str(hosts("convolution", seed=7))
+    with pytest.raises(UnsupportedError, match=r"'layers.0.grouped' is a convolution of 4 groups") as caught:
+        fix("convolution", {"target_modules": ["grouped"]}, unaligned=other, geometry=Geometry.KEEP_IN)
+    assert "keep-out" in caught.value.hint
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_convolution_with_groups_takes_no_other_b() -> None:

@@ -137,10 +137,11 @@ def test_the_page_of_an_evaluation_says_what_the_terminal_says(repairs: int) -> 
 
 
 def test_the_page_of_a_comparison_says_what_the_terminal_says() -> None:
-    report = compare_report()
+    report = compare_report(left_out={"another": "needs more"})
     page = Page(html.compare_page(report))
     for line in [*compare_wording.level_lines(report), *compare_wording.verdict(report)]:
         assert line in page.texts
+    assert "Left out, since each needs more: another." in page.texts
     assert set(compare_wording.legend(report)) < set(page.texts)
     assert page.shows(compare_wording.point_table(report))
     for method in report.methods:
@@ -165,6 +166,7 @@ HOSTILE_EVAL = eval_report(
     warnings=(EVIL,),
 )
 HOSTILE_COMPARE = compare_report(
+    left_out={EVIL: EVIL},
     inputs=hostile_inputs("adapter", "host", "prompts", "unaligned", "task"),
     settings={**compare_report().settings, EVIL: EVIL},
     warnings=(EVIL,),

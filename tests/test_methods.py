@@ -193,6 +193,23 @@ def test_a_zero_update_breaks_no_method(method: Method) -> None:
             assert bool(torch.isfinite(dense(factors)).all())
 
 
+@pytest.mark.parametrize("name", [name for name, method in REGISTRY.items() if method.keeps_blocks])
+def test_what_a_convolution_with_groups_leaves_out_of_b_stays_zero(name: str) -> None:
+    between = torch.block_diag(torch.ones(6, 1), torch.ones(6, 1)) == 0  # of two groups
+    case = replace(
+        ONE,
+        modules=tuple(replace(module, lora_b=module.lora_b.masked_fill(between, 0)) for module in ONE.modules),
+        displacements={
+            module: torch.block_diag(dense[:6, :4], dense[6:, 4:]) for module, dense in ONE.displacements.items()
+        },
+    )
+    method = REGISTRY[name]
+    for strength in method.strengths(3, len(case.modules)):
+        for factors in run(method, case, strength).values():
+            assert factors.lora_b.shape == between.shape
+            assert not factors.lora_b[between].any()
+
+
 @pytest.mark.parametrize("name", [name for name, method in REGISTRY.items() if methods.needs_displacement(method)])
 def test_a_module_whose_weights_are_equal_stays_as_it_is(name: str) -> None:
     same, moved = ONE.modules[0].name, ONE.modules[1].name
@@ -204,15 +221,25 @@ def test_a_module_whose_weights_are_equal_stays_as_it_is(name: str) -> None:
 
 
 def test_methods_are_chosen_by_name_and_by_what_they_need() -> None:
-    assert [method.name for method in choose(None, has_unaligned=True)] == list(REGISTRY)
-    assert [method.name for method in choose(None, has_unaligned=False)] == [
-        "prompts", "s3lora", "shrink", "rotated", "benign",
-    ]  # fmt: skip
-    assert [method.name for method in choose(("shrink", "prompts"), has_unaligned=False)] == ["prompts", "shrink"]
+    everything = choose(None, has_unaligned=True)
+    assert [method.name for method in everything.methods] == list(REGISTRY)
+    assert everything.left_out == {}
+    without = choose(None, has_unaligned=False)
+    assert [method.name for method in without.methods] == ["prompts", "s3lora", "shrink", "rotated", "benign"]
+    assert without.left_out == {
+        name: "needs the unaligned checkpoint" for name in REGISTRY if methods.needs_displacement(REGISTRY[name])
+    }
+    named = choose(("shrink", "prompts"), has_unaligned=False)
+    assert [method.name for method in named.methods] == ["prompts", "shrink"]
+    assert named.left_out == {}
+    grouped = choose(None, has_unaligned=True, has_groups=True)
+    assert set(grouped.left_out) == {"keep-in", "safelora-projector", "lssf", "resta", "random-keep-in"}
     with pytest.raises(UsageError, match="names nonsense"):
         choose(("prompts", "nonsense"), has_unaligned=True)
     with pytest.raises(UsageError, match="keep-out needs the unaligned"):
         choose(("keep-out",), has_unaligned=False)
+    with pytest.raises(UsageError, match="lssf makes a lora_B"):
+        choose(("prompts", "lssf"), has_unaligned=True, has_groups=True)
 
 
 def test_grids() -> None:

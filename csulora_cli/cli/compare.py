@@ -145,6 +145,10 @@ def show(report: CompareReport) -> None:
     for line in compare_wording.method_lines(report):
         console.out(line)
     console.out()
+    if report.left_out:
+        for line in compare_wording.left_out_lines(report):
+            console.out(console.wrapped(line))
+        console.out()
     show_points(report)
 
 

@@ -12,7 +12,7 @@ from csulora_cli.checkpoint import PRECISION, Checkpoint, WeightMatch, read_weig
 from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.memory import with_cpu_in_reserve
 from csulora_cli.engine.progress import Progress
-from csulora_cli.errors import HostError
+from csulora_cli.errors import HostError, UnsupportedError
 from csulora_cli.formats.site import Site
 from csulora_cli.settings import Geometry, RankMode
 from csulora_cli.solver.attenuate import by_directions, displacement_gains
@@ -74,6 +74,21 @@ class WeightsPath:
             return keep_out(site, directions, strength)
         factors, self.truncation_error[site.name] = keep_in(site, directions, strength, self.rank)
         return factors
+
+
+def check_geometry(sites: Sequence[Site], geometry: Geometry) -> None:
+    """Refuse keep-in where it has no place for what it makes: P B is not block-diagonal, as B is between groups.
+
+    Raises:
+        UnsupportedError: keep-in, and a site is a convolution with groups.
+    """
+    grouped = next((site for site in sites if site.place.groups > 1), None)
+    if grouped is not None and geometry is Geometry.KEEP_IN:
+        raise UnsupportedError(
+            f"'{printable(grouped.name)}' is a convolution of {grouped.place.groups} groups, whose lora_B has no place "
+            "for what keep-in makes of it",
+            "Use --geometry keep-out, which changes lora_A alone.",
+        )
 
 
 def keep_out(site: Site, directions: Directions, strength: float) -> Factors:

@@ -75,11 +75,12 @@ def _unpack_kernel(lora_a: Tensor, lora_b: Tensor, _rank: int) -> list[Pair]:
     The update of a kernel, flattened, is B.flat @ A.flat. With groups it is no update of the kernel, whose groups read
     in/groups channels each, but it is the same function of the patches (in·kernel) that the layer reads.
     """
-    return [(lora_a.flatten(1), _block_diagonal(lora_b.flatten(1), groups_of(lora_a, lora_b)))]
+    return [(lora_a.flatten(1), block_diagonal(lora_b.flatten(1), groups_of(lora_a, lora_b)))]
 
 
-def _block_diagonal(lora_b: Tensor, groups: int) -> Tensor:
-    return lora_b if groups == 1 else torch.block_diag(*lora_b.chunk(groups))  # type: ignore[no-untyped-call]
+def block_diagonal(rows: Tensor, groups: int) -> Tensor:
+    """Rows (out, n), of which each group's n are others, as (out, groups·n) with zeros elsewhere."""
+    return rows if groups == 1 else torch.block_diag(*rows.chunk(groups))  # type: ignore[no-untyped-call]
 
 
 def _pack_kernel(pairs: Sequence[Pair], shape_a: torch.Size, shape_b: torch.Size) -> Pair:
@@ -94,7 +95,7 @@ def _blocks(lora_b: Tensor, groups: int) -> Tensor:
     """The blocks of a block-diagonal B (out, r), one below the other, (out, r/groups)."""
     rows, width = lora_b.shape[0] // groups, lora_b.shape[1] // groups
     blocks = torch.cat([lora_b[i * rows : (i + 1) * rows, i * width : (i + 1) * width] for i in range(groups)])
-    if lora_b.shape[1] % groups or not torch.equal(_block_diagonal(blocks, groups), lora_b):
+    if lora_b.shape[1] % groups or not torch.equal(block_diagonal(blocks, groups), lora_b):
         raise UnsupportedError(
             "an update of a convolution with groups would have to change its lora_B, which has no place for it",
             "Use what changes lora_A alone, as the prompts source does.",

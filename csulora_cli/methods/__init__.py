@@ -3,6 +3,9 @@
 To add one: a file with a pure function and `METHODS`, and its name in the list below.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from csulora_cli.errors import UsageError
 from csulora_cli.methods import (
     benign,
@@ -34,19 +37,51 @@ def needs_displacement(method: Method) -> bool:
     return isinstance(method, (DirectionsMethod, DisplacementMethod))
 
 
-def choose(names: tuple[str, ...] | None, has_unaligned: bool) -> tuple[Method, ...]:
-    """Methods by name, in the registry's order; None takes all that the inputs allow.
+@dataclass(frozen=True)
+class Choice:
+    """What is run, and what is not.
+
+    Attributes:
+        methods: in the registry's order.
+        left_out: what each of the others does that the inputs do not allow, as a predicate, by name; empty where
+            methods were named.
+    """
+
+    methods: tuple[Method, ...]
+    left_out: Mapping[str, str]
+
+
+def choose(names: tuple[str, ...] | None, has_unaligned: bool, has_groups: bool = False) -> Choice:
+    """Methods by name; None takes all that the inputs allow.
+
+    Args:
+        names: of methods.
+        has_unaligned: whether the unaligned checkpoint is given.
+        has_groups: whether the adapter has an update of a convolution with groups.
 
     Raises:
-        UsageError: no name, an unknown one, or one that needs the unaligned checkpoint where there is none.
+        UsageError: no name, an unknown one, or one that the inputs do not allow.
     """
+    obstacles = {method.name: _obstacle(method, has_unaligned, has_groups) for method in REGISTRY.values()}
     if names is None:
-        return tuple(method for method in REGISTRY.values() if has_unaligned or not needs_displacement(method))
+        left_out = {name: obstacle[0] for name, obstacle in obstacles.items() if obstacle is not None}
+        return Choice(tuple(method for name, method in REGISTRY.items() if name not in left_out), left_out)
     if not names:
         raise UsageError("--methods names no method", f"Known: {', '.join(REGISTRY)}.")
     for name in names:
         if name not in REGISTRY:
             raise UsageError(f"--methods names {printable(name, 40)}", f"Known: {', '.join(REGISTRY)}.")
-        if needs_displacement(REGISTRY[name]) and not has_unaligned:
-            raise UsageError(f"the method {name} needs the unaligned checkpoint", "Add --unaligned MODEL.")
-    return tuple(method for name, method in REGISTRY.items() if name in names)
+        if (obstacle := obstacles[name]) is not None:
+            reason, hint = obstacle
+            raise UsageError(f"the method {name} {reason}", hint)
+    return Choice(tuple(method for name, method in REGISTRY.items() if name in names), {})
+
+
+def _obstacle(method: Method, has_unaligned: bool, has_groups: bool) -> tuple[str, str] | None:
+    """What a method does that the inputs do not allow, as a predicate, and what to do about it."""
+    if needs_displacement(method) and not has_unaligned:
+        return "needs the unaligned checkpoint", "Add --unaligned MODEL."
+    if has_groups and not method.keeps_blocks:
+        reason = "makes a lora_B for which the adapter's convolutions with groups have no place"
+        return reason, "Leave it out of --methods."
+    return None

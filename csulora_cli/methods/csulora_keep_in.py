@@ -30,6 +30,7 @@ METHODS = (
         grid=logarithmic(1, 10_000),
         default=DEFAULT_WEIGHTS_STRENGTH,
         has_auto=True,
+        keeps_blocks=False,
         repair=repair,
     ),
 )

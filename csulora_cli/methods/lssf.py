@@ -61,6 +61,7 @@ METHODS = (
         grid=logarithmic(0.25, 4),
         default=1.0,
         observe=observe,
+        keeps_blocks=False,
         repair=repair,
     ),
 )

@@ -46,6 +46,7 @@ class Method:
         at_norm: the strength at which ‖X‖/‖Δ‖ is a given ratio; for controls of equal norm.
         has_auto: whether a strength is also found by measuring, as `csulora fix` does. So for csulora's own methods,
             and for the controls of them: a control that gets less care than what it controls shows nothing.
+        keeps_blocks: B of a convolution with groups, block-diagonal as its D is, stays so.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Method:
     default: float | None = None
     has_auto: bool = False
     at_norm: Callable[[float], float] | None = None
+    keeps_blocks: bool = True
 
     def strengths(self, points: int, modules: int) -> tuple[float, ...]:
         """So many strengths, ascending; the recommended one takes the place of the nearest."""

@@ -45,6 +45,7 @@ METHODS = tuple(
         grid=own.grid,
         default=own.default,
         has_auto=own.has_auto,
+        keeps_blocks=own.keeps_blocks,
         repair=repair,
     )
     for own, repair in ((csulora_keep_in.METHODS[0], keep_in), (csulora_keep_out.METHODS[0], keep_out))

@@ -28,6 +28,7 @@ METHODS = (
         symbol="γ",
         grid=logarithmic(0.25, 4),
         default=1.0,
+        keeps_blocks=False,
         repair=repair,
     ),
 )

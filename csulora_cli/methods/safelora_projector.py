@@ -35,6 +35,7 @@ METHODS = (
         symbol="τ",
         grid=linear(0.2, 1),
         default=0.5,
+        keeps_blocks=False,
         repair=repair,
     ),
 )
