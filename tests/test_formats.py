@@ -11,7 +11,6 @@ from typing import Any
 import oracle
 import pytest
 import torch
-import transformers.conversion_mapping
 from conftest import make_adapter
 from formats_doc import Row, render
 from other_hosts import OTHER_HOSTS
@@ -336,8 +335,10 @@ def test_a_checkpoint_gives_every_parameter_as_transformers_loads_it(kind: str, 
 
 
 def test_no_rule_of_transformers_changes_other_values_than_those_of_experts_under_one_name() -> None:
+    from transformers import conversion_mapping
+
     # Names on disk that are those in memory are taken to hold the same values, see `Fitting._is_named_as_on_disk`.
-    mapping = transformers.conversion_mapping._build_checkpoint_conversion_mapping()
+    mapping = conversion_mapping._build_checkpoint_conversion_mapping()
     converters = [rule for rules in mapping.values() for rule in rules if hasattr(rule, "operations")]
     kept = {
         target.replace("\\", "")
