@@ -16,6 +16,7 @@ from torch import Tensor
 
 from csulora_cli.errors import AdapterError, UnsupportedError
 from csulora_cli.files import MAX_JSON_BYTES, leaves_folder, parse_json_object, read_bytes
+from csulora_cli.formats import config as fields
 from csulora_cli.formats.carried import Carried
 from csulora_cli.formats.config import CONFIG_NAME, DERIVED_INITS, UNSUPPORTED_HINT
 from csulora_cli.formats.conversions import Content, without_initial, without_magnitudes
@@ -250,6 +251,21 @@ def _check_repeated(adapter: Adapter, repeats: Repeats) -> None:
 def describe(adapter: Adapter) -> str:
     """One line for people: rank, scale or its spread, dtype, number of sites."""
     return f"LoRA {describe_sites(adapter.sites)}, {some(adapter.dtypes)}, {len(adapter.sites)} modules"
+
+
+def scale_options(adapter: Adapter) -> list[str]:
+    """The options by which some update of a PEFT adapter has another scale than lora_alpha/r.
+
+    Not every server reads them.
+    """
+    if adapter.dialect is not PEFT:
+        return []
+    alpha = fields.default_alpha(adapter.config)
+    uses = {
+        "rsLoRA": bool(adapter.config.get("use_rslora")) and any(site.rank > 1 for site in adapter.sites),
+        "alpha_pattern": any(site.alpha != alpha for site in adapter.sites),
+    }
+    return [option for option, is_used in uses.items() if is_used]
 
 
 def _no_factors(weights_name: str, tensors: Mapping[str, Tensor]) -> AdapterError:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from csulora_cli import card, html, writer
-from csulora_cli.adapter import describe, read_adapter
+from csulora_cli.adapter import Adapter, describe, read_adapter, scale_options
 from csulora_cli.engine import effects, strength
 from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
@@ -210,7 +210,9 @@ class _Fix:
                     "Save the adapter in float32 first.",
                 )
             self._write_adapter(staging, tensors, config)
-            stored = {site.name: Factors.of(site) for site in self.fitting.reopened(staging).sites}
+            written = self.fitting.reopened(staging)
+            self._tell_servers(written)
+            stored = {site.name: Factors.of(site) for site in written.sites}
             if set(stored) != {site.name for site in self.sites}:
                 raise VerificationError("the written file does not hold the modules of the adapter")
             records = self._verify(solution, stored, measure_effects(stored))
@@ -265,6 +267,14 @@ class _Fix:
         else:
             (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         writer.copy_companions(self.adapter_at.folder, staging)
+
+    def _tell_servers(self, written: Adapter) -> None:
+        """What llama.cpp leaves out when it converts an adapter, without a word."""
+        if options := scale_options(written):
+            self.progress.warn(
+                f"llama.cpp ignores {' and '.join(options)}, which this adapter uses: converted for it, its updates "
+                "would have other scales"
+            )
 
     def _verify(
         self, solution: _Solution, stored: Mapping[str, Factors], found: Sequence[effects.Effect]

@@ -254,6 +254,32 @@ def test_the_same_base_elsewhere_is_not_warned_of(
     assert fix_adapter(settings(adapter=str(adapter), unaligned=True)).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_rslora": True}, "rsLoRA"),
+        ({"alpha_pattern": {"v_proj": 3}}, "alpha_pattern"),
+        ({"use_rslora": True, "alpha_pattern": {"v_proj": 3}}, "rsLoRA and alpha_pattern"),
+        ({"alpha_pattern": {"v_proj": 8, "no_such_module": 3}}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_server_ignores_is_warned_of_where_it_matters(
+    config: dict[str, Any],
+    said: str | None,
+    settings: Callable[..., FixSettings],
+    adapters: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    adapter = str(edited(adapters("llama"), tmp_path / "my-adapter", **config))
+    report = fix_adapter(settings(adapter=adapter, unaligned=True))
+    own = f"llama.cpp ignores {said}, which this adapter uses: converted for it, its updates would have other scales"
+    assert report.to_dict()["warnings"] == ([] if said is None else [own])
+    # The uniform layout has neither.
+    exact = settings(adapter=adapter, unaligned=True, geometry=Geometry.KEEP_IN, rank=RankMode.EXACT, overwrite=True)
+    assert fix_adapter(exact).warnings == ()
+
+
 def test_the_base_that_the_adapter_names_is_taken(settings: Callable[..., FixSettings]) -> None:
     report = fix_adapter(settings(base=None, strength=1.0))  # peft wrote the host's folder into the config
     assert report.inputs["host"].name == "llama"

@@ -89,6 +89,7 @@ def test_an_adapter_is_repaired_in_its_own_layout(
     adapter, out = write(tmp_path / "my-adapter", values=values), tmp_path / "out"
     report = fix_adapter(FixSettings(str(adapter), base=str(host), out=out, prompts=prompts, strength=3.0))
     assert report.library == "mlx"
+    assert not any("llama.cpp" in warning for warning in report.warnings)  # it reads no adapters of mlx-lm
     assert report.tensors == {"changed": 3, "unchanged": 3, "carried": 0, "dropped": 0, "total": 6}
     written = safetensors.torch.load_file(out / WEIGHTS)
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in written.items()} == {

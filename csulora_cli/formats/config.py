@@ -152,7 +152,12 @@ def rank_of(config: Mapping[str, Any], name: str) -> int:
 
 def alpha_of(config: Mapping[str, Any], name: str) -> float:
     """lora_alpha of a module (or `module.parameter`), by PEFT's rules."""
-    return float(value_for(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8), "alpha_pattern"))
+    return float(value_for(config.get("alpha_pattern") or {}, name, default_alpha(config), "alpha_pattern"))
+
+
+def default_alpha(config: Mapping[str, Any]) -> float:
+    """lora_alpha of what no pattern names."""
+    return float(config.get("lora_alpha", 8))
 
 
 def scale_of(config: Mapping[str, Any], rank: int, alpha: float) -> float:
