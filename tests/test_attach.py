@@ -182,6 +182,26 @@ def test_inputs_that_are_not_one_row_a_token_are_refused(kind: str, place: Place
 
 
 @pytest.mark.parametrize(
+    ("layer", "inputs", "message"),
+    [
+        (nn.Conv2d(8, 8, 3, padding=1), (1, 8, 4, 4), "does not run along the tokens"),
+        (nn.Conv3d(8, 8, 3, padding=1), (1, 8, 4, 4, 4), "does not run along the tokens"),
+        (nn.Conv1d(4, 8, 3, padding=1), (1, 4, 8), "does not run along the tokens"),  # along the channels
+        (nn.Conv1d(8, 8, 2, stride=2), (1, 8, 4), "does not run along the tokens"),
+        (nn.Conv1d(8, 8, 3), (1, 8, 4), "gives fewer outputs than there are tokens"),
+    ],
+)
+def test_a_convolution_over_anything_but_tokens_is_refused(
+    layer: nn.Module, inputs: tuple[int, ...], message: str
+) -> None:
+    model = nn.ModuleDict({"mix": layer})
+    watched = watching(model, {"site": Place("mix", Kind.CONVOLUTION)}, [torch.ones(1, 4)], lambda *_: None)
+    with pytest.raises(HostError, match=f"'mix' is a convolution that {message}") as caught, watched:
+        layer(torch.ones(inputs))
+    assert caught.value.hint == "The prompts source cannot repair this module; use --unaligned."
+
+
+@pytest.mark.parametrize(
     ("kind", "place", "shape"),
     [
         ("llama", Place("model.layers.0.self_attn.k_proj"), (16, 32)),

@@ -350,22 +350,24 @@ def test_no_rule_of_transformers_changes_other_values_than_those_of_experts_unde
     assert kept == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
 
-def test_the_weights_source_repairs_a_convolution_over_images(
+def test_the_weights_source_repairs_a_vision_tower(
     fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
 ) -> None:
-    made = {"target_modules": ["patch_embedding"]}
+    made = {"target_modules": ["patch_embedding", "out_proj", "q_proj"]}
     adapter, out, _ = fix("llava", made, unaligned=str(hosts("llava", seed=7)), strength=3.0)
-    name = "model.vision_tower.embeddings.patch_embedding"
-    before, found = (kernel_update(hosts("llava"), folder, name) for folder in (adapter, out))
-    own, other = (
-        oracle.load(hosts("llava", **options)).get_submodule(name).weight.detach().double().flatten(1)
-        for options in ({}, {"seed": 7})
-    )
-    assert oracle.relative_gap(found, oracle.keep_out(before, own - other, 3.0, 0.9, None)) < 1e-5
+    tower = "model.vision_tower"
+    for name in ("embeddings.patch_embedding", "encoder.layers.0.self_attn.out_proj"):
+        name = f"{tower}.{name}"
+        before, found = (update_of(hosts("llava"), folder, name) for folder in (adapter, out))
+        own, other = (
+            oracle.load(hosts("llava", **options)).get_submodule(name).weight.detach().double().flatten(1)
+            for options in ({}, {"seed": 7})
+        )
+        assert oracle.relative_gap(found, oracle.keep_out(before, own - other, 3.0, 0.9, None)) < 1e-5
 
 
-def kernel_update(host: Path, adapter: Path, name: str) -> Tensor:
-    """PEFT's update of the kernel of a convolution, flattened to (out, in·kernel)."""
+def update_of(host: Path, adapter: Path, name: str) -> Tensor:
+    """PEFT's update of a linear layer, or of the kernel of a convolution, flattened to (out, in·kernel)."""
     update: Tensor = oracle.with_adapter(host, adapter).base_model.model.get_submodule(name).get_delta_weight("default")
     return update.detach().double().flatten(1)
 

@@ -336,6 +336,10 @@ REFUSED: dict[str, Refused] = {
         rename=lambda key: key.replace("mix", "grouped"), config={"target_modules": ["grouped"]},
     ),
     "updates of a vision tower": Refused("never run on a text prompt", "llava"),
+    "a convolution over images": Refused(
+        "1 of 3 adapted modules never run on a text prompt: model.vision_tower.embeddings.patch_embedding", "llava",
+        {"target_modules": r".*patch_embedding|.*language_model.*q_proj"},
+    ),
     "encoder-decoder, a parameter": Refused(
         "is a parameter of an encoder-decoder model", "t5", {"target_modules": [], "target_parameters": ["wi.weight"]}
     ),
