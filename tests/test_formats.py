@@ -355,9 +355,8 @@ def test_the_weights_source_repairs_a_vision_tower(
 ) -> None:
     made = {"target_modules": ["patch_embedding", "out_proj", "q_proj"]}
     adapter, out, _ = fix("llava", made, unaligned=str(hosts("llava", seed=7)), strength=3.0)
-    tower = "model.vision_tower"
-    for name in ("embeddings.patch_embedding", "encoder.layers.0.self_attn.out_proj"):
-        name = f"{tower}.{name}"
+    for layer in ("embeddings.patch_embedding", "encoder.layers.0.self_attn.out_proj"):
+        name = f"model.vision_tower.{layer}"
         before, found = (update_of(hosts("llava"), folder, name) for folder in (adapter, out))
         own, other = (
             oracle.load(hosts("llava", **options)).get_submodule(name).weight.detach().double().flatten(1)
