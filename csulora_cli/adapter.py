@@ -16,9 +16,8 @@ from torch import Tensor
 
 from csulora_cli.errors import AdapterError, UnsupportedError
 from csulora_cli.files import MAX_JSON_BYTES, leaves_folder, parse_json_object, read_bytes
-from csulora_cli.formats import config as fields
 from csulora_cli.formats.carried import Carried
-from csulora_cli.formats.config import CONFIG_NAME, DERIVED_INITS, UNSUPPORTED_HINT
+from csulora_cli.formats.config import CONFIG_NAME, DERIVED_INITS, UNSUPPORTED_HINT, default_alpha
 from csulora_cli.formats.conversions import Content, without_initial, without_magnitudes
 from csulora_cli.formats.dialect import MLX, PEFT, Dialect, dialect_of
 from csulora_cli.formats.magnitude import gain_of
@@ -260,7 +259,7 @@ def scale_options(adapter: Adapter) -> list[str]:
     """
     if adapter.dialect is not PEFT:
         return []
-    alpha = fields.default_alpha(adapter.config)
+    alpha = default_alpha(adapter.config)
     uses = {
         "rsLoRA": bool(adapter.config.get("use_rslora")) and any(site.rank > 1 for site in adapter.sites),
         "alpha_pattern": any(site.alpha != alpha for site in adapter.sites),

@@ -87,7 +87,7 @@ class _Fix:
         self.out = settings.out or Path(f"{self.adapter_at.name}-csulora")
         writer.check_output(self.out, self.adapter_at.folder, settings.overwrite)
         check_report(settings.report, settings.overwrite, self.out)
-        self.stamps = stamps_of(self.adapter_at, ADAPTER_FILES)
+        self.stamps = stamps_of(ADAPTER_FILES, self.adapter_at)
         self.adapter = read_adapter(self.adapter_at.folder)
         check_magnitudes(self.adapter, settings.dora, settings.strict)
         self.device = choose_device(settings.device)
@@ -96,7 +96,7 @@ class _Fix:
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate_model(settings.unaligned, files, "unaligned model") if settings.unaligned else None
-        self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in stamps_of(at, files)]
+        self.stamps += stamps_of(files, self.host_at, self.unaligned_at)
         with ExitStack() as stack:
             self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
             self.fitting.match(stack)

@@ -113,7 +113,7 @@ class _Comparison:
         if settings.out is not None:
             writer.check_output(settings.out, self.adapter_at.folder, settings.overwrite)
         check_report(settings.report, settings.overwrite, settings.out)
-        self.stamps = stamps_of(self.adapter_at, ADAPTER_FILES)
+        self.stamps = stamps_of(ADAPTER_FILES, self.adapter_at)
         self.adapter = read_adapter(self.adapter_at.folder)
         has_groups = any(site.place.groups > 1 for site in self.adapter.sites)
         chosen = choose(settings.method_names, settings.unaligned is not None, has_groups)
@@ -126,7 +126,7 @@ class _Comparison:
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate_model(settings.unaligned, files, "unaligned model") if settings.unaligned else None
-        self.stamps += [stamp for at in (self.host_at, self.unaligned_at) if at for stamp in stamps_of(at, files)]
+        self.stamps += stamps_of(files, self.host_at, self.unaligned_at)
         with ExitStack() as stack:
             self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
             self.fitting.match(stack)

@@ -94,7 +94,7 @@ class _Evaluation:
         check_report(settings.report, settings.overwrite)
         self.progress.stage("adapter")
         self.adapters_at = [locate(given, ADAPTER_FILES) for given in settings.adapters]
-        self.stamps = [stamp for location in self.adapters_at for stamp in stamps_of(location, ADAPTER_FILES)]
+        self.stamps = stamps_of(ADAPTER_FILES, *self.adapters_at)
         self.adapters = [read_adapter(location.folder) for location in self.adapters_at]
         self.device = choose_device(settings.device)
         self.prompt_set = load_prompts(settings.prompts)
@@ -105,8 +105,7 @@ class _Evaluation:
         self.host_at = locate_host(self.adapters[0], settings.base, files, self.progress)
         check_model_kind(self.host_at, "host")
         self.judge = self._plan_judge(files)
-        models_at = [self.host_at, *([self.judge.location] if self.judge else [])]
-        self.stamps += [stamp for location in models_at for stamp in stamps_of(location, files)]
+        self.stamps += stamps_of(files, self.host_at, self.judge.location if self.judge else None)
         scored, used = self._score_models()  # the host's memory is free again when the judge is loaded
         opinions = self._judge(scored)
         models = [_evaluated(each, scored[1], opinions.get(each.key)) for each in scored]

@@ -37,7 +37,6 @@ from csulora_cli.report import InputRecord
 from csulora_cli.settings import AUTO, CompareSettings, EvalSettings, FixSettings
 from csulora_cli.text import printable
 
-CommandSettings = FixSettings | EvalSettings | CompareSettings
 Settings = TypeVar("Settings", FixSettings, EvalSettings, CompareSettings)
 Report = TypeVar("Report")
 
@@ -76,16 +75,16 @@ def run_on_device(
         try:
             return work(settings, recorder)
         except Exception as problem:
-            if not is_out_of_memory(problem) or not _may_leave_device(settings):
+            if not is_out_of_memory(problem) or not _may_leave(settings.device):
                 raise
         release_memory()
         recorder.warn("out of memory on the device: starting again on the CPU, which is slower")
         return work(replace(settings, device="cpu"), recorder)
 
 
-def _may_leave_device(settings: CommandSettings) -> bool:
-    """Whether the device was csulora's choice, and is not the CPU already."""
-    return settings.device == AUTO and choose_device(AUTO).type != "cpu"
+def _may_leave(device: str) -> bool:
+    """Whether the device, as it was asked for, was csulora's choice, and is not the CPU already."""
+    return device == AUTO and choose_device(AUTO).type != "cpu"
 
 
 @contextmanager
@@ -126,9 +125,9 @@ def check_report(page: Path | None, overwrite: bool, out: Path | None = None) ->
         raise UsageError(f"--report {printable(page)} is where --out {printable(out)} is to be")
 
 
-def stamps_of(location: Location, patterns: Sequence[str]) -> list[Stamp]:
-    """What the files of an input look like before they are read, for `check_unchanged`."""
-    return [Stamp.of(path) for path in files_of(location, patterns)]
+def stamps_of(patterns: Sequence[str], *locations: Location | None) -> list[Stamp]:
+    """What the files of some inputs look like before they are read, for `check_unchanged`; None: no such input."""
+    return [Stamp.of(path) for location in locations if location for path in files_of(location, patterns)]
 
 
 def check_unchanged(stamps: Iterable[Stamp]) -> None:
