@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,20 @@ def write_prompts(path: Path, per_label: int = 16) -> Path:
             lines.append(json.dumps({"prompt": text, "label": label}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def alternate_kinds(rows: Iterable[dict[str, Any]]) -> None:
+    """Make every second benign row of a prompts file a general one, and the others look-alikes."""
+    for index, row in enumerate(row for row in rows if row["label"] == "benign"):
+        row["kind"] = ("lookalike", "general")[index % 2]
+
+
+def with_kinds(prompts: Path, file: Path) -> Path:
+    """A copy of a prompts file whose benign prompts are of both kinds."""
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    alternate_kinds(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 @pytest.fixture(scope="session")

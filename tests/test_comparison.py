@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_adapter
+from conftest import make_adapter, with_kinds
 
 from csulora_cli import comparison
 from csulora_cli.adapter import read_adapter
@@ -298,12 +298,7 @@ def test_the_benign_control_reads_benign_prompts_without_answers(
 def test_everyday_prompts_are_protected_and_the_benign_control_reads_look_alikes(
     make: Make, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    benign = [row for row in rows if row["label"] == "benign"]
-    for place, row in enumerate(benign):
-        row["kind"] = "general" if place % 2 else "lookalike"
-    file = tmp_path / "kinds.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    file = with_kinds(prompts, tmp_path / "kinds.jsonl")
     seen = directions_seen(monkeypatch)
     compare_methods(make(methods="prompts,benign", points=1, prompts=file))
     own, control = seen

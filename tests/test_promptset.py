@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import alternate_kinds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from overlap import near_duplicates
@@ -164,8 +165,7 @@ def test_benign_prompts_are_look_alikes_unless_they_say_otherwise(tmp_path: Path
 
 def test_a_file_that_alternates_kinds_has_both_in_every_split(tmp_path: Path) -> None:
     rows = lines()
-    for index, row in enumerate(row for row in rows if row["label"] == "benign"):
-        row["kind"] = ("lookalike", "general")[index % 2]
+    alternate_kinds(rows)
     found = load_prompts(write(tmp_path, rows))
     assert [len(split(found, name).lookalikes) for name in SPLITS] == [4, 2, 2]
     assert [len(split(found, name).general) for name in SPLITS] == [4, 2, 2]

@@ -13,6 +13,7 @@ import oracle
 import pytest
 import safetensors.torch
 import torch
+from conftest import with_kinds
 from torch import Tensor
 
 from csulora_cli import api
@@ -165,11 +166,7 @@ def test_look_alikes_fade_beside_the_harmful_prompts(
     fix: Callable[..., tuple[Path, FixReport]],
     tmp_path: Path,
 ) -> None:
-    rows = [json.loads(line) for line in uneven.read_text().splitlines()]
-    for place, row in enumerate(row for row in rows if row["label"] == "benign"):
-        row["kind"] = "general" if place % 2 else "lookalike"
-    kinds = tmp_path / "kinds.jsonl"
-    kinds.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kinds = with_kinds(uneven, tmp_path / "kinds.jsonl")
     adapter = adapters("llama")
     out, report = fix("llama", adapter, "prompts", prompts=kinds)
     counts = report.prompt_counts["directions"]
