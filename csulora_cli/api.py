@@ -18,9 +18,10 @@ from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_directions, encode_prompts
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
+from csulora_cli.engine.reach import reach_of
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, check_geometry, measure_displacements
-from csulora_cli.errors import AdapterError, VerificationError
+from csulora_cli.errors import AdapterError, HostError, VerificationError
 from csulora_cli.files import read_bytes, sha256_of, staged_file
 from csulora_cli.fitting import Fitting, check_magnitudes, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
@@ -104,9 +105,30 @@ class _Fix:
             self.carried = self.fitting.settle(settings.dora, self.progress)
             tell_active(self.carried, settings.strict, self.progress)
             self.adapter = self.fitting.adapter
+            self._check_reach()
             if settings.chosen_source is Source.WEIGHTS:
                 return self._finish(*self._weights())
         return self._finish(*self._prompts())
+
+    def _check_reach(self) -> None:
+        """Refuse to measure what the prompts do not run; the weights source can go on with what they do run.
+
+        Raises:
+            HostError: nothing, or not all that has to be, runs on text prompts.
+        """
+        if self.host is None or self.prompts is None:
+            return
+        reach = reach_of(self.host, self.sites, self.prompts.directions.harmful)
+        if not reach.unreached:
+            return
+        if self.settings.chosen_source is Source.PROMPTS:
+            way = "use --unaligned with a number for --strength" if reach.is_none else "use --unaligned"
+            raise HostError(f"{reach}: {reach.names}", f"The prompts source cannot judge them; {way}.")
+        if reach.is_none:
+            raise HostError(
+                f"{reach}, so that no λ can be found by measuring: {reach.names}", "Give --strength a number."
+            )
+        self.progress.warn(f"{reach}; λ and all that is measured come from the others alone: {reach.names}")
 
     @property
     def _needs_host(self) -> bool:
@@ -145,7 +167,7 @@ class _Fix:
 
     def _tell_unreached(self, found: Sequence[effects.Effect]) -> None:
         """Experts to which no harmful token was sent were not judged, and keep what they do."""
-        experts = {site.name for site in self.sites if site.place.expert is not None and bool(site.lora_b.any())}
+        experts = {site.name for site in self.sites if site.place.expert is not None and not site.is_zero}
         unreached = [effect.name for effect in found if effect.name in experts and effect.before["harmful"] == 0]
         if unreached:
             self.progress.warn(

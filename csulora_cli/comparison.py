@@ -23,6 +23,7 @@ from csulora_cli.engine.host import choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_directions, encode_prompts
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
+from csulora_cli.engine.reach import reach_of
 from csulora_cli.engine.scoring import (
     EncodedScoring,
     ModelRun,
@@ -34,7 +35,7 @@ from csulora_cli.engine.scoring import (
 )
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import measure_displacements
-from csulora_cli.errors import AdapterError, PromptsError
+from csulora_cli.errors import AdapterError, HostError, PromptsError
 from csulora_cli.files import write_whole
 from csulora_cli.fitting import Fitting, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
@@ -115,9 +116,6 @@ class _Comparison:
         check_report(settings.report, settings.overwrite, settings.out)
         self.stamps = stamps_of(ADAPTER_FILES, self.adapter_at)
         self.adapter = read_adapter(self.adapter_at.folder)
-        has_groups = any(site.place.groups > 1 for site in self.adapter.sites)
-        chosen = choose(settings.method_names, settings.unaligned is not None, has_groups)
-        self.methods, self.left_out = chosen.methods, chosen.left_out
         self.device = choose_device(settings.device)
         self.prompts = load_prompts(settings.prompts)
         self.task = load_task(settings.task) if settings.task else None
@@ -134,8 +132,26 @@ class _Comparison:
             tell_active(self.fitting.settle(DoraMode.KEEP, self.progress), is_strict=False, progress=self.progress)
             self.adapter = self.fitting.adapter
             self.sites = self.adapter.sites
+            has_groups = any(site.place.groups > 1 for site in self.sites)
+            chosen = choose(settings.method_names, settings.unaligned is not None, has_groups, self._is_reached())
+            self.methods, self.left_out = chosen.methods, chosen.left_out
             self.repairs = self._prepare()
         return self._measure()
+
+    def _is_reached(self) -> bool:
+        """Whether all modules of the adapter run on text prompts; warns of those that do not.
+
+        Raises:
+            HostError: none does.
+        """
+        reach = reach_of(self.host, self.sites, self.prompts.directions.harmful)
+        if reach.is_none:
+            raise HostError(
+                f"{reach}, so that no repair can be measured: {reach.names}", "Text prompts cannot judge it."
+            )
+        if reach.unreached:
+            self.progress.warn(f"{reach}; all that is measured comes from the others alone: {reach.names}")
+        return not reach.unreached
 
     def _scored_prompts(self) -> ScoringPrompts:
         """The report split and the task, less what gives directions or chooses strengths."""

@@ -12,6 +12,7 @@ from csulora_cli.engine.attach import Update
 from csulora_cli.engine.host import Host, choose_device
 from csulora_cli.engine.judge import JudgePlan, load_judge, plan_judge
 from csulora_cli.engine.progress import Progress
+from csulora_cli.engine.reach import reach_of
 from csulora_cli.engine.scoring import (
     KINDS,
     MAX_TASK_TOKENS,
@@ -184,6 +185,7 @@ class _Evaluation:
             settings.trust_remote_code,
             self.progress,
         )
+        self._tell_unreached(host)
         encoded = encode_scoring(host, self.prompts, settings.answer_tokens)
         if encoded.task and encoded.task.longest > MAX_TASK_TOKENS:
             self.progress.warn(
@@ -204,6 +206,15 @@ class _Evaluation:
         for key, location, update in zip(self._keys, self.adapters_at[1:], others, strict=True):
             scored.append(_scored(key, Role.REPAIRED, location, run(update), references))
         return scored, self._settings_used(host, encoded)
+
+    def _tell_unreached(self, host: Host) -> None:
+        """Warn of adapters of which some modules do not run on text: no prompt tells what these do."""
+        for location, adapter in zip(self.adapters_at, self.adapters, strict=True):
+            reach = reach_of(host, adapter.sites, self.prompts.harmful)
+            if reach.unreached:
+                self.progress.warn(
+                    f"{printable(location.label)}: {reach}, so that nothing here measures what they do: {reach.names}"
+                )
 
     @property
     def _keys(self) -> list[str]:

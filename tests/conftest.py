@@ -207,6 +207,24 @@ def make_adapter(host: Path, folder: Path, seed: int = 1, dtype: torch.dtype = t
     return folder
 
 
+class Watcher:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int | None]] = []
+        self.warnings: list[str] = []
+        self.steps = 0
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.stages.append((name, total))
+
+    def advance(self, steps: int = 1) -> None:
+        self.steps += steps
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
 def write_prompts(path: Path, per_label: int = 16) -> Path:
     """A small prompts file in words that the tiny tokenizer knows."""
     lines = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_adapter, make_classifier, make_guard
+from conftest import Watcher, make_adapter, make_classifier, make_guard
 from scipy.stats import binomtest
 
 from csulora_cli.api import fix_adapter
@@ -24,24 +24,6 @@ from csulora_cli.settings import EvalSettings, FixSettings
 from csulora_cli.stats import Agreement, Count
 
 ANSWER_TOKENS = 6
-
-
-class Watcher:
-    """A progress that remembers."""
-
-    def __init__(self) -> None:
-        self.stages: list[tuple[str, int | None]] = []
-        self.warnings: list[str] = []
-        self.steps = 0
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        self.stages.append((name, total))
-
-    def advance(self, steps: int = 1) -> None:
-        self.steps += steps
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 @dataclass(frozen=True)

@@ -335,15 +335,17 @@ REFUSED: dict[str, Refused] = {
         "a convolution of 4 groups", "convolution", {"target_modules": ["mix"]},
         rename=lambda key: key.replace("mix", "grouped"), config={"target_modules": ["grouped"]},
     ),
-    "updates of a vision tower": Refused("never run on a text prompt", "llava"),
+    "updates of a vision tower": Refused("adapted modules run on none of 8 text prompts", "llava"),
     "a convolution over images": Refused(
-        "1 of 3 adapted modules never run on a text prompt: model.vision_tower.embeddings.patch_embedding", "llava",
+        "1 of 3 adapted modules run on none of 8 text prompts: model.vision_tower.embeddings.patch_embedding", "llava",
         {"target_modules": r".*patch_embedding|.*language_model.*q_proj"},
     ),
     "encoder-decoder, a parameter": Refused(
         "is a parameter of an encoder-decoder model", "t5", {"target_modules": [], "target_parameters": ["wi.weight"]}
     ),
-    "encoder-decoder, experts": Refused("what it reads of which token cannot be told", "switch", {}),
+    "encoder-decoder, experts": Refused(
+        "what it reads of which token cannot be told", "switch", {"target_modules": r"encoder\..*experts.*\.wi"}
+    ),
     "encoder-decoder, keys of tokens and of blocks": Refused("cannot be told", "longt5", {"target_modules": ["k"]}),
     "encoder-decoder, distances of tokens": Refused(
         "reads an input of shape", "t5", {"target_modules": ["relative_attention_bias"]}
@@ -354,7 +356,7 @@ REFUSED: dict[str, Refused] = {
     "encoder-decoder, an embedding called with no ids": Refused(
         "not called with numbers of rows", "bart", {"target_modules": r".*encoder\.embed_positions"}
     ),
-    "encoder-decoder, the shared table itself": Refused("never run", "t5", {"target_modules": ["shared"]}),
+    "encoder-decoder, the shared table itself": Refused("run on none", "t5", {"target_modules": ["shared"]}),
     "other kinds of PEFT": Refused('not "LORA"', config={"peft_type": "LOHA"}),
     "a field of a newer PEFT that is on": Refused("unknown field use_new_idea", config={"use_new_idea": True}),
     "modules that the config does not target": Refused("does not target", config={"target_modules": ["q_proj"]}),

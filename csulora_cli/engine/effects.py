@@ -159,7 +159,7 @@ class _Grams:
         for batch in side.batches(self.host):
             watch_inputs(self.host, batch, side.weights(batch), {group: self._adder(group) for group in self.groups})
             advance(len(batch.rows))
-        result = {}
+        result = {name: _Gram(*sums) for name, sums in self.sums.items()}  # zero, of those that do not run
         for group in self.groups:
             scale = attenuate.unit_trace_scale(group.features, self.squared_total[group])
             for name in group.members:

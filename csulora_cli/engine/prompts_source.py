@@ -80,7 +80,7 @@ class PromptsPath:
         self.protect = protect
         self._device = solver_device(host.device)
         self.groups = group_sites(host, sites, prompts.harmful.tokens[0])
-        self._check_all_ran()
+        self._idle = self._idle_sites()
         self._moments: dict[InputGroup, Moments] = {}
         self._solved: dict[tuple[Solver, float], dict[str, Factors]] = {}
         self._host, self._prompts, self._progress = host, prompts, progress
@@ -133,13 +133,20 @@ class PromptsPath:
         self._progress.warn("out of memory: solving a part of the modules at a time, which is slower")
         return min(budget_bytes, self._size(sum)) // 2
 
-    def _check_all_ran(self) -> None:
+    def _idle_sites(self) -> dict[str, Factors]:
+        """The sites that the prompt does not run, which stay as they are: zero, because there is nothing to repair.
+
+        Raises:
+            HostError: another one does not run.
+        """
         ran = {name for group in self.groups for name in group.members}
-        if idle := sorted(set(self.sites) - ran):
+        idle = [site for name, site in self.sites.items() if name not in ran]
+        if acting := [site.name for site in idle if not site.is_zero]:
             raise HostError(
-                f"{len(idle)} of {len(self.sites)} adapted modules never run on a text prompt: {some(idle, 2)}",
+                f"{len(acting)} of {len(self.sites)} adapted modules do not run on a text prompt: {some(acting, 2)}",
                 "The prompts source cannot judge them; use --unaligned.",
             )
+        return {site.name: Factors.of(site) for site in idle}
 
     def repaired(self, strength: float, solver: Solver = closest) -> dict[str, Factors]:
         """The update at λ, by module name. Where the moments did not fit, λ must be one of `strengths`."""
@@ -150,7 +157,7 @@ class PromptsPath:
                 for group, moments in self._moments.items()
                 for name, factors in self._solve(solver, group, moments, strength).items()
             }
-        return self._solved[key]
+        return self._idle | self._solved[key]
 
     def _solve(self, solver: Solver, group: InputGroup, moments: Moments, strength: float) -> dict[str, Factors]:
         members = [self.sites[name] for name in group.members]

@@ -81,6 +81,12 @@ class Site:
         """r."""
         return self.lora_a.shape[0]
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update adds nothing, whatever the input is."""
+        has_bias = self.bias is not None and bool(self.bias.any())
+        return not (self.scale and (has_bias or (self.lora_a.any() and self.lora_b.any())))
+
     def check_size(self) -> None:
         """Where ‖s·B·A‖_F fits the stored dtype, no entry of the update and no norm of it overflows.
 

@@ -21,7 +21,7 @@ from csulora_cli.methods import (
     safelora_projector,
     shrink,
 )
-from csulora_cli.methods.method import DirectionsMethod, DisplacementMethod, Method
+from csulora_cli.methods.method import DirectionsMethod, DisplacementMethod, Method, MomentsMethod
 from csulora_cli.text import printable
 
 _FILES = (
@@ -51,18 +51,21 @@ class Choice:
     left_out: Mapping[str, str]
 
 
-def choose(names: tuple[str, ...] | None, has_unaligned: bool, has_groups: bool = False) -> Choice:
+def choose(
+    names: tuple[str, ...] | None, has_unaligned: bool, has_groups: bool = False, is_reached: bool = True
+) -> Choice:
     """Methods by name; None takes all that the inputs allow.
 
     Args:
         names: of methods.
         has_unaligned: whether the unaligned checkpoint is given.
         has_groups: whether the adapter has an update of a convolution with groups.
+        is_reached: whether text prompts run all modules of the adapter.
 
     Raises:
         UsageError: no name, an unknown one, or one that the inputs do not allow.
     """
-    obstacles = {method.name: _obstacle(method, has_unaligned, has_groups) for method in REGISTRY.values()}
+    obstacles = {method.name: _obstacle(method, has_unaligned, has_groups, is_reached) for method in REGISTRY.values()}
     if names is None:
         left_out = {name: obstacle[0] for name, obstacle in obstacles.items() if obstacle is not None}
         return Choice(tuple(method for name, method in REGISTRY.items() if name not in left_out), left_out)
@@ -77,11 +80,13 @@ def choose(names: tuple[str, ...] | None, has_unaligned: bool, has_groups: bool 
     return Choice(tuple(method for name, method in REGISTRY.items() if name in names), {})
 
 
-def _obstacle(method: Method, has_unaligned: bool, has_groups: bool) -> tuple[str, str] | None:
+def _obstacle(method: Method, has_unaligned: bool, has_groups: bool, is_reached: bool) -> tuple[str, str] | None:
     """What a method does that the inputs do not allow, as a predicate, and what to do about it."""
     if needs_displacement(method) and not has_unaligned:
         return "needs the unaligned checkpoint", "Add --unaligned MODEL."
     if has_groups and not method.keeps_blocks:
         reason = "makes a lora_B for which the adapter's convolutions with groups have no place"
         return reason, "Leave it out of --methods."
+    if not is_reached and isinstance(method, MomentsMethod):
+        return "cannot judge the adapter's modules that run on no text prompt", "Leave it out of --methods."
     return None
