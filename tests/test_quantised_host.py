@@ -1,5 +1,6 @@
 """Quantised hosts: the repair keeps what it promises, and what needs a weight as numbers is refused."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import oracle
 import pytest
 from conftest import make_adapter
 from quantised_host import BITSANDBYTES, WRITTEN, reference, write_quantised_host
+from safetensors.torch import load_file, save_file
 from test_formats import CPU, adapted_logits, gap, logits, peft_logits
 from variants import EXPERTS
 
@@ -149,6 +151,31 @@ def test_an_adapter_of_another_model_is_refused_before_the_weights_are_read(
         fix_adapter(
             FixSettings(str(adapters("llama")), base=str(quantised(NF4)), out=tmp_path / "out", prompts=prompts)
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("FP8, one scale a matrix", "weight_scale_inv"),
+        (BLOCKS, "weight_scale_inv"),
+        ("compressed-tensors, FP8, one scale a row", "weight_scale"),
+        ("compressed-tensors, int8", "weight_scale"),
+        ("bitsandbytes, NF4, nested", "weight.nested_absmax"),
+    ],
+)
+def test_a_weight_that_has_lost_its_scale_is_refused(
+    name: str, ending: str, quantised: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    """transformers loads such a file without a word, and gives other weights."""
+    host = Path(shutil.copytree(quantised(name), tmp_path / "host"))
+    tensors = load_file(host / "model.safetensors")
+    lost = f"model.layers.1.self_attn.k_proj.{ending}"
+    del tensors[lost]
+    save_file(tensors, host / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(quantised(name).parent / "plain", tmp_path / "adapter")
+    with pytest.raises(HostError, match=f"lacks what its quantised weights are decoded with: {lost}$"):
+        fix_adapter(FixSettings(str(adapter), base=str(host), prompts=prompts, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 WIDTH = r"cannot run 'model\.layers\.0\.{} of the host .* on the CPU: blocks of 64 .* do not divide its width of {}"

@@ -1,12 +1,11 @@
 """The host model: loading it, encoding prompts, running them, and applying an adapter to it without changing it."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import takewhile
-from logging import ERROR, getLogger
 from typing import Any
 
 import torch
@@ -14,14 +13,14 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from csulora_cli.engine.attach import Update, applied
-from csulora_cli.engine.memory import BatchSize, is_out_of_memory
-from csulora_cli.engine.packed import check_blocks
+from csulora_cli.engine.loading import load_weights, loading, quiet_transformers
+from csulora_cli.engine.memory import BatchSize
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.formats.replication import Repeats
 from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
 from csulora_cli.pretrained import check_gguf_architecture, pretrained
-from csulora_cli.text import printable, some
+from csulora_cli.text import printable
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
 BATCH_TOKENS = 1024
@@ -30,24 +29,6 @@ NLL_TOKENS = 512  # logits on every answer token of a batch take tokens x vocabu
 # Templates that print today's date would give other bytes every day.
 _FIXED_DATE = datetime(2025, 1, 1, tzinfo=UTC)
 _DATE_CODES = "%a %A %b %B %c %d %-d %D %e %F %H %I %j %m %-m %M %p %S %T %u %w %x %X %y %Y %Z %z".split()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and notes out of our output."""
-    from transformers.utils import logging
-
-    getLogger("bitsandbytes").setLevel(ERROR)  # it tells of a cast at every product
-    level = logging.get_verbosity()
-    had_bar = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bar:
-            logging.enable_progress_bar()
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -502,32 +483,16 @@ def load_host(
     """
     import transformers
 
-    try:
-        with quiet_transformers(), pretrained(location, trust_remote_code) as source:
-            config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
-            check_gguf_architecture(location, config, role)
-            dequantise(config)
-            wanted = choose_dtype(dtype, getattr(config, "dtype", None), device)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
-            model, found = model_class(config).from_pretrained(
-                source.name, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True,
-                **source.options, **source.model_options,
-            )  # fmt: skip
-    except HostError:
-        raise
-    except Exception as problem:  # transformers and the host's own code raise anything
-        if is_out_of_memory(problem):
-            raise
-        hint = "Check that transformers can load it as a causal or sequence-to-sequence language model."
-        if "trust_remote_code" in str(problem):
-            hint = "It brings its own code: read it, then add --trust-remote-code."
-        raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(problem)}", hint) from None
-    check_complete(found, location, role)
-    check_blocks(model, device, location, role)
+    hint = "Check that transformers can load it as a causal or sequence-to-sequence language model."
+    with loading(location, role, hint), pretrained(location, trust_remote_code) as source:
+        config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
+        check_gguf_architecture(location, config, role)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
+        model = load_weights(model_class(config), source, config, dtype, device, location, role)
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
     prefix = _decoder_prefix(model, location, role)  # from settings that the next line drops
     model.generation_config = _stops_only(model.generation_config, prefix)
-    return Host(model.to(device).eval(), tokenizer, device, bool(tokenizer.chat_template), prefix)
+    return Host(model, tokenizer, device, bool(tokenizer.chat_template), prefix)
 
 
 def _decoder_prefix(model: Any, location: Location, role: str) -> tuple[int, ...]:
@@ -548,34 +513,6 @@ def _decoder_prefix(model: Any, location: Location, role: str) -> tuple[int, ...
             "Name one token as decoder_start_token_id in its generation_config.json.",
         )
     return prefix
-
-
-def dequantise(config: Any) -> None:
-    """Let transformers dequantise the weights by every method that can, also where a kernel would run them.
-
-    bitsandbytes pays no heed to it: its weights stay packed.
-    """
-    own = getattr(config, "quantization_config", None)
-    if isinstance(own, dict):
-        own["dequantize"] = True
-
-
-def check_complete(found: Mapping[str, Any], location: Location, role: str) -> None:
-    """Refuse a model of which transformers has not found every weight: it makes up the others at random.
-
-    Args:
-        found: the loading info of `from_pretrained`.
-        location: of the model.
-        role: what the model is called in errors.
-
-    Raises:
-        HostError: weights are missing.
-    """
-    if missing := sorted(found["missing_keys"]):
-        raise HostError(
-            f"the {role} {printable(location.given)} lacks the weights {some(missing, 2)}",
-            "Download it again, or give the model that these files belong to.",
-        )
 
 
 def _dateless(template: Any) -> Any:
@@ -599,15 +536,3 @@ def _stops_only(theirs: Any, decoder_prefix: tuple[int, ...]) -> Any:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = {name: getattr(theirs, name, None) for name in names}
     return GenerationConfig(**own, decoder_start_token_id=decoder_prefix[0] if decoder_prefix else None)
-
-
-def choose_dtype(name: str, stored: Any, device: torch.device) -> torch.dtype:
-    """The dtype to run in; `auto` takes the stored one, but float32 in the place of float16 on the CPU."""
-    if name != "auto":
-        chosen: torch.dtype = getattr(torch, name)
-        return chosen
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
-    if not isinstance(stored, torch.dtype) or (stored is torch.float16 and device.type == "cpu"):
-        return torch.float32
-    return stored

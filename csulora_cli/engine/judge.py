@@ -5,8 +5,7 @@ manner of Llama Guard, which read the exchange through their own chat template a
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,21 +13,13 @@ import torch
 from torch import Tensor
 
 from csulora_cli.checkpoint import CONFIG_NAME
-from csulora_cli.engine.host import (
-    PLAIN_TEMPLATE,
-    Host,
-    check_complete,
-    choose_dtype,
-    dequantise,
-    load_host,
-    quiet_transformers,
-)
-from csulora_cli.engine.memory import is_out_of_memory
-from csulora_cli.engine.packed import check_blocks
+from csulora_cli.engine.host import PLAIN_TEMPLATE, Host, load_host
+from csulora_cli.engine.loading import load_weights, loading
 from csulora_cli.errors import HostError, UsageError
 from csulora_cli.files import read_json_object
 from csulora_cli.locate import Location
 from csulora_cli.model_kind import check_model_kind
+from csulora_cli.pretrained import pretrained
 from csulora_cli.text import printable, some
 
 CLASSIFIER_BATCH = 16
@@ -39,6 +30,7 @@ _HARMFUL_WORDS = set(
 )
 _NEGATIONS = set("not non no without".split())
 _CLASSIFIER = "ForSequenceClassification"
+_CLASSIFIER_HINT = "Check that transformers can load it for sequence classification."
 _MAX_POSITIONS = 512  # where neither tokenizer nor config says how much a classifier reads
 
 
@@ -91,10 +83,8 @@ def plan_judge(location: Location, label: str | None, trust_remote_code: bool) -
         if label is not None:
             raise UsageError("--judge-label applies to text classifiers only", "Leave --judge-label out.")
         return JudgePlan(location, None)
-    with _loading(location):
-        config = transformers.AutoConfig.from_pretrained(
-            str(location.folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+    with loading(location, "judge", _CLASSIFIER_HINT), pretrained(location, trust_remote_code) as source:
+        config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
     return JudgePlan(location, harmful_labels({int(at): str(name) for at, name in config.id2label.items()}, label))
 
 
@@ -208,40 +198,14 @@ def _says_harmful(name: str) -> bool:
     return bool(words & _HARMFUL_WORDS) and not words & _NEGATIONS
 
 
-@contextmanager
-def _loading(location: Location) -> Iterator[None]:
-    """What transformers says of a classifier that it cannot load, as an error of ours."""
-    try:
-        with quiet_transformers():
-            yield
-    except Exception as problem:  # transformers and the model's own code raise anything
-        if is_out_of_memory(problem):
-            raise
-        raise HostError(
-            f"cannot load the judge {printable(location.given)}: {printable(problem)}",
-            "Check that transformers can load it for sequence classification.",
-        ) from None
-
-
 def _load_classifier(
     location: Location, labels: Mapping[int, str], device: torch.device, dtype: str, trust_remote_code: bool
 ) -> TextClassifier:
     import transformers
 
-    folder = str(location.folder)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with _loading(location):
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
-        dequantise(config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            output_loading_info=True,
-            config=config,
-            dtype=choose_dtype(dtype, getattr(config, "dtype", None), device),
-            use_safetensors=True,
-            **options,
-        )
-    check_complete(found, location, "judge")
-    check_blocks(model, device, location, "judge")
-    return TextClassifier(model.to(device).eval(), tokenizer, device, labels)
+    with loading(location, "judge", _CLASSIFIER_HINT), pretrained(location, trust_remote_code) as source:
+        config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
+        kind = transformers.AutoModelForSequenceClassification
+        model = load_weights(kind, source, config, dtype, device, location, "judge")
+    return TextClassifier(model, tokenizer, device, labels)
