@@ -20,7 +20,7 @@ from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
 from csulora_cli.engine.host import choose_device, solver_device
-from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_directions, encode_prompts
+from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_directions, encode_prompts, group_sites
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.prompts_source import PromptsPath, protecting
 from csulora_cli.engine.reach import reach_of
@@ -133,25 +133,34 @@ class _Comparison:
             self.adapter = self.fitting.adapter
             self.sites = self.adapter.sites
             has_groups = any(site.place.groups > 1 for site in self.sites)
-            chosen = choose(settings.method_names, settings.unaligned is not None, has_groups, self._is_reached())
+            obstacle = self._obstacle_to_prompts()
+            chosen = choose(settings.method_names, settings.unaligned is not None, has_groups, obstacle)
             self.methods, self.left_out = chosen.methods, chosen.left_out
             self.repairs = self._prepare()
         return self._measure()
 
-    def _is_reached(self) -> bool:
-        """Whether all modules of the adapter run on text prompts; warns of those that do not.
+    def _obstacle_to_prompts(self) -> str | None:
+        """Why nothing can be repaired by what its modules read on prompts, as a predicate; None where it can be.
+
+        Warns of modules that do not run on text.
 
         Raises:
             HostError: none does.
         """
-        reach = reach_of(self.host, self.sites, self.prompts.directions.harmful)
+        prompts = self.prompts.directions.harmful
+        reach = reach_of(self.host, self.sites, prompts)
         if reach.is_none:
             raise HostError(
                 f"{reach}, so that no repair can be measured: {reach.names}", "Text prompts cannot judge it."
             )
         if reach.unreached:
             self.progress.warn(f"{reach}; all that is measured comes from the others alone: {reach.names}")
-        return not reach.unreached
+            return "cannot judge the adapter's modules that run on no text prompt"
+        try:
+            group_sites(self.host, self.sites, self.host.encode(prompts[0]))
+        except HostError as problem:
+            return f"cannot be run: {problem.message}"
+        return None
 
     def _scored_prompts(self) -> ScoringPrompts:
         """The report split and the task, less what gives directions or chooses strengths."""

@@ -1,6 +1,7 @@
 """Adapters with modules that no text prompt runs, of a vision tower: never a repair that was judged by nothing."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def test_compare_leaves_out_what_judges_by_prompts(
     assert report.warnings[0].startswith("1 of 5 adapted modules run on none of 8 text prompts; all that is measured")
     with pytest.raises(UsageError, match="the method prompts cannot judge the adapter's modules"):
         compare_methods(CompareSettings(adapter, **settings, methods="prompts,keep-out"))
+
+
+def test_compare_leaves_out_what_cannot_follow_a_module(
+    hosts: Callable[..., Path], prompts: Path, tmp_path: Path
+) -> None:
+    """Distances of tokens are no tokens: what this embedding reads of which token cannot be told."""
+    adapter = make_adapter(hosts("t5"), tmp_path / "adapter", target_modules=["relative_attention_bias", "q"])
+    settings = CompareSettings(str(adapter), str(hosts("t5")), prompts=prompts, points=1, answer_tokens=2, device="cpu")
+    report = compare_methods(settings)
+    assert {method.name for method in report.methods} == {"s3lora", "shrink"}
+    assert report.left_out["prompts"].startswith("cannot be run: 'encoder.block.0.layer.0.SelfAttention.relative_att")
+    with pytest.raises(UsageError, match="the method rotated cannot be run: 'encoder"):
+        compare_methods(replace(settings, methods="rotated"))
 
 
 def test_compare_refuses_what_nothing_can_be_measured_of(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Choice:
 
 
 def choose(
-    names: tuple[str, ...] | None, has_unaligned: bool, has_groups: bool = False, is_reached: bool = True
+    names: tuple[str, ...] | None, has_unaligned: bool, has_groups: bool = False, to_prompts: str | None = None
 ) -> Choice:
     """Methods by name; None takes all that the inputs allow.
 
@@ -60,12 +60,12 @@ def choose(
         names: of methods.
         has_unaligned: whether the unaligned checkpoint is given.
         has_groups: whether the adapter has an update of a convolution with groups.
-        is_reached: whether text prompts run all modules of the adapter.
+        to_prompts: why the adapter cannot be repaired by what its modules read on prompts, as a predicate.
 
     Raises:
         UsageError: no name, an unknown one, or one that the inputs do not allow.
     """
-    obstacles = {method.name: _obstacle(method, has_unaligned, has_groups, is_reached) for method in REGISTRY.values()}
+    obstacles = {method.name: _obstacle(method, has_unaligned, has_groups, to_prompts) for method in REGISTRY.values()}
     if names is None:
         left_out = {name: obstacle[0] for name, obstacle in obstacles.items() if obstacle is not None}
         return Choice(tuple(method for name, method in REGISTRY.items() if name not in left_out), left_out)
@@ -80,13 +80,13 @@ def choose(
     return Choice(tuple(method for name, method in REGISTRY.items() if name in names), {})
 
 
-def _obstacle(method: Method, has_unaligned: bool, has_groups: bool, is_reached: bool) -> tuple[str, str] | None:
+def _obstacle(method: Method, has_unaligned: bool, has_groups: bool, to_prompts: str | None) -> tuple[str, str] | None:
     """What a method does that the inputs do not allow, as a predicate, and what to do about it."""
     if needs_displacement(method) and not has_unaligned:
         return "needs the unaligned checkpoint", "Add --unaligned MODEL."
     if has_groups and not method.keeps_blocks:
         reason = "makes a lora_B for which the adapter's convolutions with groups have no place"
         return reason, "Leave it out of --methods."
-    if not is_reached and isinstance(method, MomentsMethod):
-        return "cannot judge the adapter's modules that run on no text prompt", "Leave it out of --methods."
+    if to_prompts is not None and isinstance(method, MomentsMethod):
+        return to_prompts, "Leave it out of --methods."
     return None
