@@ -253,9 +253,9 @@ def describe(adapter: Adapter) -> str:
 
 
 def scale_options(adapter: Adapter) -> list[str]:
-    """The options by which some update of a PEFT adapter has another scale than lora_alpha/r.
+    """The settings by which some update of a PEFT adapter has another scale than lora_alpha/r for an alpha above 0.
 
-    Not every server reads them.
+    Not every server heeds them.
     """
     if adapter.dialect is not PEFT:
         return []
@@ -263,6 +263,7 @@ def scale_options(adapter: Adapter) -> list[str]:
     uses = {
         "rsLoRA": bool(adapter.config.get("use_rslora")) and any(site.rank > 1 for site in adapter.sites),
         "alpha_pattern": any(site.alpha != alpha for site in adapter.sites),
+        "a lora_alpha of 0": alpha == 0,
     }
     return [option for option, is_used in uses.items() if is_used]
 

@@ -260,6 +260,8 @@ def test_the_same_base_elsewhere_is_not_warned_of(
         ({"use_rslora": True}, "rsLoRA"),
         ({"alpha_pattern": {"v_proj": 3}}, "alpha_pattern"),
         ({"use_rslora": True, "alpha_pattern": {"v_proj": 3}}, "rsLoRA and alpha_pattern"),
+        ({"lora_alpha": 0, "alpha_pattern": {"v_proj": 3}}, "alpha_pattern and a lora_alpha of 0"),
+        ({"lora_alpha": 0}, "a lora_alpha of 0"),
         ({"alpha_pattern": {"v_proj": 8, "no_such_module": 3}}, None),
         ({}, None),
     ],
