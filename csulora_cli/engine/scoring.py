@@ -194,9 +194,7 @@ class TaskRun:
     @property
     def is_right(self) -> list[bool]:
         """Which answers are the response."""
-        return [
-            answer.strip() == response.strip() for answer, response in zip(self.answers, self.responses, strict=True)
-        ]
+        return [answer_is_right(*pair) for pair in zip(self.answers, self.responses, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -211,19 +211,25 @@ def refusals(seed: int) -> list[Example]:
 
 
 def build_host(work: Path, phases: Sequence[Phase], uses_bfloat16: bool = False) -> None:
-    """Full fine-tune of the unaligned model: refuse what is harmful, answer everything else as before."""
+    """Full fine-tune of the unaligned model: refuse what is harmful, answer everything else as before.
+
+    Each phase but the last is saved when it is over: a run that was stopped goes on from there, to the same weights.
+    """
     parts = [
         refusals(SEED),
         own_answers(work, "host_answers.jsonl"),
         own_answers(work, "howto_train.jsonl"),
     ]
-    model, tokenizer = load(work / "unaligned")
+    stages = [work / "unaligned", *(work / f"host-phase-{number}" for number in range(1, len(phases))), work / "host"]
+    done = max(number for number, stage in enumerate(stages) if stage.exists())
+    model, tokenizer = load(stages[done])
     model.get_input_embeddings().requires_grad_(False)  # Adam would move the rows of every token that never occurs
-    for seed, phase in enumerate(phases, start=SEED):
+    for number, phase in enumerate(phases[done:], start=done):
+        seed = SEED + number
         torch.manual_seed(seed)
         batches = mixed_batches(list(zip(parts, phase.shares, strict=True)), phase.schedule.batch_size, seed)
         train(model, tokenizer, batches, phase.schedule, uses_bfloat16, phase.first_weight)
-    save(work / "host", model, tokenizer)
+        save(stages[number + 1], model, tokenizer)
 
 
 @dataclass(frozen=True)
