@@ -95,7 +95,7 @@ def staged(out: Path) -> Iterator[Path]:
             f"cannot write {printable(out)}: {printable(problem.strerror)}", "Free space or give another --out."
         ) from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
 
 
 @contextmanager
@@ -115,15 +115,23 @@ def _noticing_loss(staging: Path, out: Path) -> Iterator[None]:
 def _replace(staging: Path, out: Path) -> None:
     """Put the finished folder in place; a former one stays until then."""
     former = out.parent / f".{out.name}.former-{os.getpid()}"
-    if out.exists() and any(out.iterdir()):
-        out.rename(former)
     try:
+        if out.exists() and any(out.iterdir()):
+            out.rename(former)
         staging.rename(out)
-    except BaseException:
-        if former.exists():
+    finally:  # a signal can come between any two steps
+        if former.exists() and not out.exists():
             former.rename(out)
+        _remove(former)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is there, to the end, also where a signal interrupts it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def _remove_abandoned(out: Path) -> None:

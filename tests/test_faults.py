@@ -138,6 +138,7 @@ class Killed:
             assert ran.code in (0, 128 + number), ran.err
             assert (interrupts.MESSAGE in ran.err) is (ran.code != 0)
             assert former is None or self.out.exists()
+            assert {path.name for path in self.out.parent.glob("*")} <= {"out"}  # nothing beside it is left
         again = self.run()
         assert again.code == 0, again.err
         assert contents(self.adapter) == before
