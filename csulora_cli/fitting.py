@@ -52,7 +52,8 @@ class Fitting:
         """The host's modules, from its config unless the host is already loaded."""
         if self._structure is None:
             check_model_kind(self._host_at, "host")
-            self._structure = read_structure(self._host_at, self._trust_remote_code, self.adapter.replication)
+            modules = {target.module for target in self.adapter.targets}
+            self._structure = read_structure(self._host_at, self._trust_remote_code, self.adapter.replication, modules)
         return self._structure
 
     def _bind(self, structure: Structure) -> None:
@@ -130,8 +131,7 @@ class Fitting:
         Raises:
             HostError: it cannot be loaded, or does not fit the adapter.
         """
-        replication = self.adapter.replication
-        self.host, _ = open_host(self._host_at, [], device, dtype, self._trust_remote_code, progress, replication)
+        self.host, _ = open_host(self._host_at, [], device, dtype, self._trust_remote_code, progress, self.adapter)
         self._bind(structure_of(self.host.model, self.host.repeats))
         return self.host
 

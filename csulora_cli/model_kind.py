@@ -103,6 +103,15 @@ def _config(folder: Path) -> dict[str, Any]:
     return parse_json_object(read_bytes(path, HostError), path, HostError) if path.exists() else {}
 
 
+def fp8_block(location: Location) -> tuple[int, int] | None:
+    """How many rows and columns of a weight share a scale, in a model that is quantised in FP8 by blocks; else None."""
+    config = _config(location.folder)
+    size = config["quantization_config"].get("weight_block_size") if _runnable_method(config) == "fp8" else None
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(number, int) for number in size):
+        return None
+    return size[0], size[1]
+
+
 def is_plain(location: Location) -> bool:
     """Whether nothing says that the weights on disk have other names, shapes or values than those in memory."""
     return location.gguf is None and quantization(location.folder, _config(location.folder)) is None

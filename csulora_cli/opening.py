@@ -178,7 +178,7 @@ def open_host(
     dtype: str,
     trust_remote_code: bool,
     progress: Progress,
-    replication: Replication | None = None,
+    opened_for: Adapter | None = None,
 ) -> tuple[Host, list[Adapter]]:
     """Load the host and find the places of all adapters in it.
 
@@ -187,7 +187,7 @@ def open_host(
         adapters: to be bound to it.
         device, dtype, trust_remote_code: see `load_host`.
         progress: receives warnings.
-        replication: which of its layers are repeated, where no adapter given here says so.
+        opened_for: an adapter that is to run on it, too, but is not bound here.
 
     Returns:
         The host, and the adapters bound to it.
@@ -196,9 +196,11 @@ def open_host(
         HostError: it cannot be loaded, or does not fit an adapter.
     """
     progress.stage("host")
-    host = load_host(location, device, dtype, trust_remote_code)
+    running = [*adapters, opened_for] if opened_for else adapters
+    modules = {target.module for adapter in running for target in adapter.targets}
+    host = load_host(location, device, dtype, trust_remote_code, modules=modules)
     host.batch_size.warn = progress.warn
-    replication = replication or common_replication([adapter.replication for adapter in adapters])
+    replication = common_replication([adapter.replication for adapter in running])
     host.repeats = grow(host.model, replication)
     if replication is not None:
         progress.warn(

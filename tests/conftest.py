@@ -83,6 +83,20 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
             "patch_size": 8, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
         },
     }),
+    "qwen3.5": ("Qwen3_5Config", {  # transformers also has a class without its vision tower
+        "text_config": {
+            "layer_types": ["linear_attention", "full_attention"], "head_dim": 8,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_num_value_heads": 4,
+            "linear_value_head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0,
+            },
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+            "patch_size": 8, "num_position_embeddings": 16,
+        },
+    }),
     "t5": ("T5Config", T5_SIZES),
     "bart": ("BartConfig", {
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -98,7 +112,7 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 ENCODER_DECODERS = ("t5", "bart", "longt5", "switch")
-VISION_LANGUAGE = ("llava", "qwen3-vl-moe")
+VISION_LANGUAGE = ("llava", "qwen3-vl-moe", "qwen3.5")
 AUTO_CLASSES = {
     **dict.fromkeys(VISION_LANGUAGE, "AutoModelForImageTextToText"),
     **dict.fromkeys(ENCODER_DECODERS, "AutoModelForSeq2SeqLM"),

@@ -350,6 +350,30 @@ def test_no_rule_of_transformers_changes_other_values_than_those_of_experts_unde
     assert kept == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
 
+@pytest.mark.parametrize("source", ["prompts", "weights"])
+def test_an_adapter_keeps_the_names_of_the_class_that_it_was_trained_on(
+    source: str, hosts: Callable[..., Path], prompts: Path, tmp_path: Path
+) -> None:
+    """Of a model that transformers also loads without its vision tower, under other names for its modules."""
+    import transformers
+
+    host, text = hosts("qwen3.5"), tmp_path / "text"
+    transformers.AutoModelForCausalLM.from_pretrained(host).save_pretrained(text)
+    adapter, out = make_adapter(text, tmp_path / "adapter", target_modules=["q_proj", "up_proj"]), tmp_path / "out"
+    own: dict[str, Any] = {"prompts": prompts} if source == "prompts" else {"unaligned": str(hosts("qwen3.5", seed=7))}
+    report = fix_adapter(FixSettings(str(adapter), base=str(host), out=out, strength=3.0, **own))
+    assert report.moved > 0
+    assert report.conversions == ()
+    before, after = load_file(adapter / WEIGHTS), load_file(out / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(key.startswith("base_model.model.model.layers.") for key in after)
+    plain = logits(oracle.load(text))
+    assert gap(peft_logits(text, out), peft_logits(text, adapter), plain) > 0.01  # it is another one, and no empty one
+    modules = {target.module for target in read_adapter(out).targets}
+    loaded = load_host(Location("host", host), CPU, "float32", trust_remote_code=False, modules=modules)
+    assert gap(adapted_logits(loaded, out), peft_logits(text, out), plain) < 2e-5
+
+
 def test_the_weights_source_repairs_a_vision_tower(
     fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
 ) -> None:

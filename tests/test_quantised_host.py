@@ -1,5 +1,6 @@
 """Quantised hosts: the repair keeps what it promises, and what needs a weight as numbers is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import oracle
 import pytest
+import torch
 from conftest import make_adapter
 from quantised_host import BITSANDBYTES, WRITTEN, reference, write_quantised_host
 from safetensors.torch import load_file, save_file
@@ -176,6 +178,85 @@ def test_a_weight_that_has_lost_its_scale_is_refused(
     with pytest.raises(HostError, match=f"lacks what its quantised weights are decoded with: {lost}$"):
         fix_adapter(FixSettings(str(adapter), base=str(host), prompts=prompts, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def change_tensors(host: Path, change: Callable[[str], str | None]) -> None:
+    """Other names for a host's tensors; None: without it."""
+    tensors = load_file(host / "model.safetensors")
+    renamed = {new: tensor for name, tensor in tensors.items() if (new := change(name)) is not None}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, host / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(host: Path, plain: Path, prompts: Path, folder: Path, message: str, **options: Any) -> None:
+    """A repair on the host fails for that reason and writes nothing."""
+    adapter = make_adapter(plain, folder / "adapter", **options)
+    with pytest.raises(HostError, match=message) as caught:
+        fix_adapter(FixSettings(str(adapter), base=str(host), prompts=prompts, out=folder / "out", device="cpu"))
+    assert "full-precision model" in caught.value.hint
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", [BLOCKS, "compressed-tensors, int8"])
+def test_weights_without_any_scale_are_refused(
+    name: str, quantised: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    host = Path(shutil.copytree(quantised(name), tmp_path / "host"))
+    change_tensors(host, lambda tensor: None if "_scale" in tensor else tensor)
+    refused(host, quantised(name).parent / "plain", prompts, tmp_path, "lacks what its quantised weights are decoded")
+
+
+def test_scales_that_are_not_read_are_refused(quantised: Callable[[str], Path], prompts: Path, tmp_path: Path) -> None:
+    """Another tool's FP8, under transformers' name for the method."""
+    name = "FP8, one scale a matrix"
+    host = Path(shutil.copytree(quantised(name), tmp_path / "host"))
+    change_tensors(host, lambda tensor: tensor.replace("weight_scale_inv", "weight_scale"))
+    refused(host, quantised(name).parent / "plain", prompts, tmp_path, "transformers does not read what the host")
+
+
+def test_scales_under_another_name_are_missed_where_one_is_lost(
+    quantised: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    host = Path(shutil.copytree(quantised(BLOCKS), tmp_path / "host"))
+    change_tensors(host, lambda tensor: tensor.replace("weight_scale_inv", "scale"))
+    model = load_host(Location("host", host), CPU, "auto", trust_remote_code=False).model
+    assert torch.equal(logits(model), logits(load_host(Location("host", quantised(BLOCKS)), CPU, "auto", False).model))
+    change_tensors(host, lambda tensor: None if tensor == "model.layers.0.mlp.up_proj.scale" else tensor)
+    refused(
+        host, quantised(BLOCKS).parent / "plain", prompts, tmp_path, r"are decoded with: .*layers\.0.*up_proj\.scale$"
+    )
+
+
+def test_blocks_that_do_not_divide_a_weight_are_refused(
+    quantised: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    host = Path(shutil.copytree(quantised(BLOCKS), tmp_path / "host"))
+    config = json.loads((host / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [48, 32]  # two of them, of which the second is cut
+    (host / "config.json").write_text(json.dumps(config))
+    message = (
+        r"blocks of 48 by 32 that do not divide 'model\.layers.*', \d+ by \d+: transformers would decode it wrongly"
+    )
+    refused(host, quantised(BLOCKS).parent / "plain", prompts, tmp_path, message)
+
+
+@pytest.mark.parametrize("name", [NF4, INT8])
+def test_full_weights_under_a_left_over_description_are_refused(
+    name: str, quantised: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    plain = quantised(name).parent / "plain"
+    host = Path(shutil.copytree(quantised(name), tmp_path / "host"))
+    shutil.copy(plain / "model.safetensors", host)
+    refused(host, plain, prompts, tmp_path, "has quantised weights that transformers does not decode: model.layers.0")
+
+
+@pytest.mark.parametrize("name", [NF4, INT8])
+def test_a_packed_weight_as_a_parameter_is_refused(
+    name: str, quantised: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    options = {"target_modules": [], "target_parameters": ["up_proj.weight"]}
+    message = "needs or replaces 'model.layers.0.mlp.up_proj.weight', which is quantised"
+    refused(quantised(name), quantised(name).parent / "plain", prompts, tmp_path, message, **options)
 
 
 WIDTH = r"cannot run 'model\.layers\.0\.{} of the host .* on the CPU: blocks of 64 .* do not divide its width of {}"

@@ -80,7 +80,7 @@ _STORED = {
 }
 _INITS = {
     f"init {name}": {"init_lora_weights": name}
-    for name in (False, "gaussian", "orthogonal", "mica", "pissa", "olora")
+    for name in (False, None, "gaussian", "orthogonal", "mica", "pissa", "olora")
 } | {
     "init pissa, rsLoRA, patterns": {
         "init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3},
@@ -232,6 +232,10 @@ GOOD: dict[str, Variant] = {
         "towers excluded": {"target_modules": QV, "exclude_modules": r".*vision_tower.*"},
         "embedding": {"target_modules": ["embed_tokens"]},
     }),
+    **_variants("Vision-language hosts", "qwen3.5", {
+        "language model by regex": {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
+        "output layer": {"target_modules": ["lm_head", "o_proj"]},
+    }),
     **_variants("Embeddings and output layers", "llama", _EMBEDDINGS),
     **_variants("Embeddings and output layers", "llama-tied", _TIED),
     **_variants("Embeddings and output layers", "llama-tied", _KEPT_EQUAL, ensure_weight_tying=True),
@@ -339,6 +343,10 @@ REFUSED: dict[str, Refused] = {
     "a convolution over images": Refused(
         "1 of 3 adapted modules run on none of 8 text prompts: model.vision_tower.embeddings.patch_embedding", "llava",
         {"target_modules": r".*patch_embedding|.*language_model.*q_proj"},
+    ),
+    "a parameter whose memory another layer shares": Refused(
+        "how 'model.embed_tokens.weight' is multiplied cannot be seen", "llama-tied",
+        {"target_modules": ["v_proj"], "target_parameters": ["embed_tokens.weight"]},
     ),
     "encoder-decoder, a parameter": Refused(
         "is a parameter of an encoder-decoder model", "t5", {"target_modules": [], "target_parameters": ["wi.weight"]}

@@ -417,6 +417,7 @@ def applied(model: nn.Module, update: Update) -> Iterator[None]:
         for entries in by_parameter.values():
             place = entries[0][0]
             owner = model.get_submodule(place.module)
+            _check_not_packed(owner, place.weight)
             updated = _updated_parameter(owner.get_parameter(place.parameter), entries)
             stack.enter_context(_replaced(owner, place.parameter, updated))
         yield

@@ -1,7 +1,7 @@
 """The host model: loading it, encoding prompts, running them, and applying an adapter to it without changing it."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -466,7 +466,12 @@ def solver_device(device: torch.device) -> torch.device:
 
 
 def load_host(
-    location: Location, device: torch.device, dtype: str, trust_remote_code: bool, role: str = "host"
+    location: Location,
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    role: str = "host",
+    modules: Collection[str] = (),
 ) -> Host:
     """Load the host (or a language model in another role) through transformers, without any adapter.
 
@@ -476,6 +481,7 @@ def load_host(
         dtype: auto (as stored; float32 in the place of float16 on the CPU), float32, bfloat16 or float16.
         trust_remote_code: let the host's own code run.
         role: what the model is called in errors.
+        modules: see `model_class`.
 
     Raises:
         HostError: transformers cannot load it, it lacks weights or has some that cannot run there, or it does not say
@@ -488,7 +494,8 @@ def load_host(
         config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
         check_gguf_architecture(location, config, role)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.options)
-        model = load_weights(model_class(config), source, config, dtype, device, location, role)
+        kind = model_class(config, trust_remote_code, modules)
+        model = load_weights(kind, source, config, dtype, device, location, role)
     tokenizer.chat_template = _dateless(getattr(tokenizer, "chat_template", None))
     prefix = _decoder_prefix(model, location, role)  # from settings that the next line drops
     model.generation_config = _stops_only(model.generation_config, prefix)

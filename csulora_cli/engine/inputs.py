@@ -7,7 +7,7 @@ prompts, which its encoder reads, or what its decoder reads: its prefix with the
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -20,6 +20,7 @@ from csulora_cli.engine.attach import DenseInputs, Inputs, checking_lookups, fir
 from csulora_cli.engine.host import Batch, Host, Padded
 from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Kind, Place, Site
+from csulora_cli.formats.structure import structure_of
 from csulora_cli.promptset import Prompts
 from csulora_cli.solver.attenuate import unit_trace_scale
 from csulora_cli.text import printable
@@ -199,7 +200,9 @@ def group_sites(host: Host, sites: Sequence[Site], probe: Sequence[int]) -> list
         return note
 
     used: set[str] = set()
-    if any(site.place.kind is Kind.PARAMETER for site in sites):
+    parameters = {site.place.weight for site in sites if site.place.kind is Kind.PARAMETER}
+    if parameters:
+        _check_not_shared(host.model, parameters)
         # The other ways to run experts multiply copies of their weights, which nothing tells apart.
         host.model.set_experts_implementation("eager")
     places = {site.name: site.place for site in sites}
@@ -216,14 +219,26 @@ def group_sites(host: Host, sites: Sequence[Site], probe: Sequence[int]) -> list
     groups = [(tuple(members), tensor) for tensor, members in seen.values()]
     for (first, *_), _tensor in groups:
         if first.place.kind is Kind.PARAMETER and first.place.weight not in used:
-            raise HostError(
-                f"how '{printable(first.place.weight)}' is multiplied cannot be seen in this host",
-                "The prompts source cannot repair this parameter; use --unaligned.",
-            )
+            raise _unseen(first.place.weight)
     return [
         InputGroup(tuple(site.name for site in members), members[0].in_features, members[0].place)
         for members, _ in groups
     ]  # fmt: skip
+
+
+def _check_not_shared(model: nn.Module, parameters: Set[str]) -> None:
+    """Refuse parameters that share their memory with others that are not watched: products are told apart by it."""
+    ties = structure_of(model).ties
+    for weight in parameters:
+        if not parameters >= set(ties.get(weight, ())):
+            raise _unseen(weight)
+
+
+def _unseen(weight: str) -> HostError:
+    return HostError(
+        f"how '{printable(weight)}' is multiplied cannot be seen in this host",
+        "The prompts source cannot repair this parameter; use --unaligned.",
+    )
 
 
 def group_bytes(group: InputGroup, tokens: tuple[int, int]) -> int:

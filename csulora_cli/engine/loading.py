@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from csulora_cli.engine.memory import is_out_of_memory
-from csulora_cli.engine.packed import check_blocks, check_companions
+from csulora_cli.engine.packed import check_blocks, check_decoded, check_stored
 from csulora_cli.errors import HostError
 from csulora_cli.locate import Location
 from csulora_cli.pretrained import Pretrained
@@ -53,9 +53,12 @@ def loading(location: Location, role: str, hint: str) -> Iterator[None]:
     except Exception as problem:  # transformers and the model's own code raise anything
         if is_out_of_memory(problem):
             raise
-        if "trust_remote_code" in str(problem):
+        reason = printable(problem)
+        if "trust_remote_code" in reason:
             hint = "It brings its own code: read it, then add --trust-remote-code."
-        raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(problem)}", hint) from None
+        if "CONVERSION" in reason:  # points to a report that was not printed
+            reason = "transformers cannot make the model's weights of those that are stored"
+        raise HostError(f"cannot load the {role} {printable(location.given)}: {reason}", hint) from None
 
 
 def load_weights(
@@ -73,15 +76,16 @@ def load_weights(
         role: what the model is called in errors.
 
     Raises:
-        HostError: it lacks weights or their scales, or has weights that cannot run there.
+        HostError: it lacks weights or what they are decoded with, or has weights that cannot run there.
     """
-    check_companions(location, role)
+    check_stored(location, role)
     _dequantise(config)
     model, found = kind.from_pretrained(
         source.name, config=config, dtype=choose_dtype(dtype, getattr(config, "dtype", None), device),
         use_safetensors=True, output_loading_info=True, **source.options, **source.model_options,
     )  # fmt: skip
     _check_complete(found, location, role)
+    check_decoded(model, found["unexpected_keys"], location, role)
     check_blocks(model, device, location, role)
     return model.to(device).eval()
 

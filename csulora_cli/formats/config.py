@@ -39,7 +39,7 @@ KNOWN_FIELDS = {
 # Fields of variants that differ from plain LoRA in training only.
 TRAINING_FIELDS = ("velora_config", "monteclora_config")
 DERIVED_INITS = ("pissa", "olora")  # PEFT computes these from the base whenever it loads the adapter
-PLAIN_INITS = {True, False, "gaussian", "eva", "orthogonal", "mica"}
+PLAIN_INITS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
 CORRECT_HINT = "Correct the config, or download the adapter again."
 UNSUPPORTED_HINT = "csulora does not repair this kind of adapter; nothing was written."
 
@@ -63,7 +63,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         raise AdapterError(f"{CONFIG_NAME} holds {_shown(config, 'bias')}, not none, all or lora_only", CORRECT_HINT)
     init = config.get("init_lora_weights", True)
-    if not isinstance(init, (bool, str)) or init not in (*PLAIN_INITS, *DERIVED_INITS):
+    if not isinstance(init, (bool, str, type(None))) or init not in (*PLAIN_INITS, *DERIVED_INITS):
         raise UnsupportedError(
             f"the adapter was trained on a modified base: {_shown(config, 'init_lora_weights')}",
             "Convert it to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion), or give "

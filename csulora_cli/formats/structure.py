@@ -1,6 +1,6 @@
 """What modules and parameters a host has: names, kinds and shapes, without any weight."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,13 +116,19 @@ def _has_gaps(module: Any) -> bool:
     return any(size > 1 and step > 1 for size, step in zip(module.kernel_size, module.dilation, strict=True))
 
 
-def read_structure(location: Location, trust_remote_code: bool, replication: Replication | None = None) -> Structure:
+def read_structure(
+    location: Location,
+    trust_remote_code: bool,
+    replication: Replication | None = None,
+    modules: Collection[str] = (),
+) -> Structure:
     """The structure of a host, built from its config on the meta device: no weights, no memory.
 
     Args:
         location: of the host.
         trust_remote_code: let its own code run.
         replication: which of its layers are repeated.
+        modules: see `model_class`.
 
     Raises:
         HostError: transformers does not know such a model, or its layers cannot be repeated so.
@@ -133,8 +139,7 @@ def read_structure(location: Location, trust_remote_code: bool, replication: Rep
         with pretrained(location, trust_remote_code) as source:
             config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
         check_gguf_architecture(location, config, "host")
-        with torch.device("meta"):
-            model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        model = _outline(model_class(config, trust_remote_code, modules), config, trust_remote_code)
     except HostError:
         raise
     except Exception as problem:  # transformers and the host's own code raise anything
@@ -146,8 +151,23 @@ def read_structure(location: Location, trust_remote_code: bool, replication: Rep
     return replace(structure_of(model, grow(model, replication)), stored=stored)
 
 
-def model_class(config: Any) -> Any:
-    """The first of transformers' automatic classes that generates text and knows this kind of config.
+def _outline(choice: Any, config: Any, trust_remote_code: bool) -> Any:
+    """A model without weights."""
+    with torch.device("meta"):
+        return choice.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def model_class(config: Any, trust_remote_code: bool, modules: Collection[str] = ()) -> Any:
+    """The automatic class of transformers by which a model is loaded: it generates text and knows this kind of config.
+
+    Several can know it, where a model can be loaded with its vision tower or without, and give its modules other names.
+    An adapter fits the class that it was trained on: the one is taken that has most of its modules, else the one that
+    the checkpoint was saved from.
+
+    Args:
+        config: transformers' own.
+        trust_remote_code: let the model's own code run.
+        modules: names of modules that an adapter has.
 
     Raises:
         ValueError: it is of an encoder-decoder model that transformers does not run as a language model.
@@ -164,7 +184,16 @@ def model_class(config: Any) -> Any:
         transformers.AutoModelForImageTextToText,
         transformers.AutoModelForSeq2SeqLM,  # also knows some that have no encoder
     )
-    for choice in choices:
-        if type(config) in choice._model_mapping:
-            return choice
-    return transformers.AutoModelForCausalLM  # also for what brings its own code; it says what is missing
+    known = {choice: choice._model_mapping[type(config)] for choice in choices if type(config) in choice._model_mapping}
+    if not known:
+        return transformers.AutoModelForCausalLM  # also for what brings its own code; it says what is missing
+    saved = [choice for choice, own in known.items() if own.__name__ in (config.architectures or ())]
+    ordered = [*saved, *known]
+    if len(set(known.values())) == 1 or not modules:
+        return ordered[0]
+
+    def fitting(choice: Any) -> int:
+        names = {name for name, _ in _outline(choice, config, trust_remote_code).named_modules()}
+        return len(names.intersection(modules))
+
+    return max(ordered, key=fitting)  # the first of equals
