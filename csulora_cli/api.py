@@ -31,6 +31,7 @@ from csulora_cli.opening import (
     Recorder,
     check_report,
     check_unchanged,
+    folders_of,
     locate_host,
     model_files,
     model_record,
@@ -97,6 +98,7 @@ class _Fix:
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
         self.unaligned_at = locate_model(settings.unaligned, files, "unaligned model") if settings.unaligned else None
+        writer.check_apart(self.out, *folders_of(self.host_at, self.unaligned_at), settings.prompts)
         self.stamps += stamps_of(files, self.host_at, self.unaligned_at)
         with ExitStack() as stack:
             self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)

@@ -121,7 +121,7 @@ class Checkpoint:
 
 
 def weight_files(folder: Path, role: str) -> list[Path]:
-    """The safetensors files of a model folder, sorted.
+    """The safetensors files of a model folder, sorted: the one that holds all, as for transformers, else the shards.
 
     Args:
         folder: the model.
@@ -135,7 +135,7 @@ def weight_files(folder: Path, role: str) -> list[Path]:
             f"the {role} {printable(folder)} is not a folder", "Give a local folder or a Hub id (org/name)."
         )
     index = folder / INDEX_NAME
-    if index.exists():
+    if not is_regular(folder / SINGLE_NAME) and index.exists():
         weight_map = read_json_object(index, HostError).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise HostError(f"{printable(index)} has no weight_map", "Download the model again.")

@@ -92,7 +92,9 @@ class Fitting:
             self.matched = [(checkpoint, self._match(checkpoint)) for checkpoint in checkpoints]
 
     def _match(self, checkpoint: Checkpoint) -> dict[str, WeightMatch]:
-        is_swapped = bool(self.adapter.config.get("fan_in_fan_out"))
+        # PEFT heeds it only where the layer's class agrees, which the host's config tells if there is one.
+        has_config = (self._host_at.folder / CONFIG_NAME).exists()
+        is_swapped = not has_config and bool(self.adapter.config.get("fan_in_fan_out"))
         if self._structure is None:
             return match_weights(self.adapter.sites, checkpoint, is_swapped)
         if self._structure.stored is not None:

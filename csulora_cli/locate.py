@@ -32,6 +32,11 @@ TOKENIZER_FILES = (
 RUN_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _GGUF = ".gguf"
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+# Files that stand for the whole folder: they are what is read there.
+_NAMES_FOLDER = re.compile(
+    r"adapter_config\.json|adapter_model\.safetensors|adapters\.safetensors"
+    r"|config\.json|model\.safetensors(\.index\.json)?|model-\d+-of-\d+\.safetensors"
+)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$|^[\w-]+$", re.ASCII)
 
 
@@ -187,7 +192,8 @@ def _existing_folder(given: str) -> Path | None:
     """The folder that `given` names, itself or by a file in it; None if there is none.
 
     Raises:
-        InputError: an empty name, or a GGUF file: what lies beside it need not be the same model or adapter.
+        InputError: an empty name, or a file of another kind or name than those that are read: what lies beside it need
+            not be the same model or adapter.
     """
     if not given.strip():
         raise InputError("an empty name is neither a folder nor a Hub id", "Give a folder or an id like org/name.")
@@ -197,7 +203,15 @@ def _existing_folder(given: str) -> Path | None:
             return path
         if path.is_file() and path.suffix == ".gguf":
             raise InputError(f"{printable(given)} is a GGUF file", "Give the same model or adapter as safetensors.")
-        return path.parent if path.is_file() and path.suffix in (".safetensors", ".json") else None
+        if path.is_file() and path.suffix in (".safetensors", ".json"):
+            if not _NAMES_FOLDER.fullmatch(path.name):
+                raise InputError(
+                    f"{printable(given)} is not a file that csulora reads by itself",
+                    "Give the folder of a model or an adapter. To use other weights, put them into a folder of their "
+                    "own under the usual name (adapter_model.safetensors, model.safetensors), with their config.",
+                )
+            return path.parent
+        return None
     except (OSError, RuntimeError, ValueError):  # a name too long, no such user, a null character
         return None
 

@@ -125,6 +125,11 @@ def check_report(page: Path | None, overwrite: bool, out: Path | None = None) ->
         raise UsageError(f"--report {printable(page)} is where --out {printable(out)} is to be")
 
 
+def folders_of(*locations: Location | None) -> list[Path]:
+    """The folders of some inputs; None: no such input."""
+    return [location.folder for location in locations if location]
+
+
 def stamps_of(patterns: Sequence[str], *locations: Location | None) -> list[Stamp]:
     """What the files of some inputs look like before they are read, for `check_unchanged`; None: no such input."""
     return [Stamp.of(path) for location in locations if location for path in files_of(location, patterns)]

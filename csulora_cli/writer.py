@@ -41,6 +41,22 @@ _PID = re.compile(r"[0-9]{1,9}")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO)
 
 
+def check_apart(out: Path, *inputs: Path | None) -> None:
+    """Check that no input would be removed with a former output.
+
+    Args:
+        out: the folder that is to be.
+        inputs: files or folders that are read; None: no such input.
+
+    Raises:
+        UsageError: one is the output folder, or lies in it.
+    """
+    real = out.resolve()
+    for path in inputs:
+        if path is not None and real in (path.resolve(), *path.resolve().parents):
+            raise UsageError(f"--out {printable(out)} holds {printable(path)}, which is read", "Give another --out.")
+
+
 def check_output(out: Path, adapter: Path, overwrite: bool) -> None:
     """Check early that the output folder can be written and nothing of value would be lost.
 

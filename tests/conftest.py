@@ -120,8 +120,13 @@ AUTO_CLASSES = {
 FORCED_BOS = {"bart": 1}
 
 
-def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", template: str | None = TEMPLATE) -> Path:
-    """A tiny random language model of some architecture, saved with its tokenizer."""
+def make_host(
+    kind: str, folder: Path, seed: int = 0, shard: str = "5GB", template: str | None = TEMPLATE, change: float = 0.0
+) -> Path:
+    """A tiny random language model of some architecture, saved with its tokenizer.
+
+    With another seed it is an unrelated model; with a change, the same one trained a little.
+    """
     import transformers
 
     torch.manual_seed(seed)
@@ -143,6 +148,9 @@ def make_host(kind: str, folder: Path, seed: int = 0, shard: str = "5GB", templa
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at constants: move them too
             parameter.add_(0.05 * torch.randn_like(parameter))
+        if change:
+            for parameter in model.parameters():
+                parameter.add_(change * parameter.std(correction=0) * torch.randn_like(parameter))
     model.generation_config.forced_bos_token_id = FORCED_BOS.get(kind)
     model.save_pretrained(folder, max_shard_size=shard)
     if kind == "qwen3-vl-moe":

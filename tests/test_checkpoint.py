@@ -89,7 +89,7 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
-    single(folder, {"a.weight": (6, 4)})
+    folder.mkdir()
     save_file({"a.weight": torch.ones(6, 4)}, tmp_path / "secret.safetensors")
     error = refused(index(folder, {"a.weight": name}), lora("a"))
     assert "no shards" in error.message
@@ -97,18 +97,27 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, name: st
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "model.safetensors", 3])
 def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, weight_map: Any) -> None:
-    assert "no weight_map" in refused(index(single(tmp_path, {"a.weight": (6, 4)}), weight_map), lora("a")).message
+    assert "no weight_map" in refused(index(tmp_path, weight_map), lora("a")).message
+
+
+def test_the_file_that_holds_all_is_read_beside_an_index_as_transformers_does(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.zeros(6, 4)}, tmp_path / "model-00001-of-00001.safetensors")
+    index(single(tmp_path, {"a.weight": (6, 4)}), {"a.weight": "model-00001-of-00001.safetensors"})
+    assert [file.name for file in weight_files(tmp_path, "host")] == [SINGLE_NAME]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": NaN}'])
 def test_an_index_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
-    (single(tmp_path, {"a.weight": (6, 4)}) / INDEX_NAME).write_text(text)
+    (tmp_path / INDEX_NAME).write_text(text)
     assert INDEX_NAME in refused(tmp_path, lora("a")).message
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
-    single(tmp_path, {"a.weight": (6, 4)})
-    index(tmp_path, {"a.weight": SINGLE_NAME, "b.weight": "model-00002-of-00002.safetensors"})
+    save_file({"a.weight": torch.ones(6, 4)}, tmp_path / "model-00001-of-00002.safetensors")
+    index(
+        tmp_path,
+        {f"{name}.weight": f"model-0000{number}-of-00002.safetensors" for number, name in ((1, "a"), (2, "b"))},
+    )
     assert "lacks model-00002-of-00002.safetensors" in refused(tmp_path, lora("a")).message
 
 

@@ -84,7 +84,7 @@ def world(
     monkeypatch.chdir(folder)
     shutil.copytree(adapters("llama"), folder / "my-adapter")
     shutil.copyfile(prompts, folder / "prompts.jsonl")
-    return World(folder, folder / "my-adapter", hosts("llama"), hosts("llama", seed=7), folder / "prompts.jsonl")
+    return World(folder, folder / "my-adapter", hosts("llama"), hosts("llama", change=0.3), folder / "prompts.jsonl")
 
 
 # Errors: one line, one hint, an exit code, nothing on stdout, nothing left
@@ -496,7 +496,7 @@ def reports(
     """One report of each kind."""
     folder = tmp_path_factory.mktemp("reports")
     base = {"adapter": str(adapters("llama", rank_pattern={"q_proj": 12})), "base": str(hosts("llama"))}
-    by_weights = {**base, "unaligned": str(hosts("llama", seed=7))}
+    by_weights = {**base, "unaligned": str(hosts("llama", change=0.3))}
     auto = {**base, "prompts": prompts}
     settings = {
         "auto": FixSettings(**auto, out=folder / "auto"),

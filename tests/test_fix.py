@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def settings(
     def make(**changes: Any) -> FixSettings:
         options: dict[str, Any] = {"base": str(hosts("llama")), "out": tmp_path / "work" / "out"}
         if changes.pop("unaligned", False):
-            options["unaligned"] = str(hosts("llama", seed=7))
+            options["unaligned"] = str(hosts("llama", change=0.3))
         else:
             options["prompts"] = prompts
         return FixSettings(**{"adapter": str(adapters("llama")), **options, **changes})
@@ -252,6 +253,13 @@ def test_the_same_base_elsewhere_is_not_warned_of(
 ) -> None:
     adapter = edited(adapters("llama"), tmp_path / "my-adapter", base_model_name_or_path=named)
     assert fix_adapter(settings(adapter=str(adapter), unaligned=True)).warnings == ()
+
+
+def test_an_unaligned_model_that_has_nothing_to_do_with_the_host_is_warned_of(
+    settings: Callable[..., FixSettings], hosts: Callable[..., Path]
+) -> None:
+    (warning,) = fix_adapter(replace(settings(unaligned=True), unaligned=str(hosts("llama", seed=7)))).warnings
+    assert warning.startswith("host and unaligned model differ by more than the host's own weights in 14 of 14 modules")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor
 from csulora_cli.adapter import bind, read_adapter
 from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.host import PLAIN_TEMPLATE, Host, choose_device, load_host
-from csulora_cli.errors import HostError, UsageError
+from csulora_cli.errors import HostError, PromptsError, UsageError
 from csulora_cli.formats.structure import structure_of
 from csulora_cli.locate import Location
 
@@ -307,3 +307,11 @@ def test_a_host_with_weights_missing_is_not_made_up(hosts: Callable[..., Path], 
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(HostError, match=r"lacks the weights model\.layers\.0\.mlp\.up_proj\.weight"):
         load_host(Location("host", tmp_path / "host"), torch.device("cpu"), "auto", trust_remote_code=False)
+
+
+def test_what_is_longer_than_a_table_of_positions_is_a_prompts_error(hosts: Callable[..., Path]) -> None:
+    host = opened(hosts("gpt2"))  # of 128 positions
+    with pytest.raises(PromptsError, match=r"more tokens than the host has positions \(128\)"):
+        host.answer_nll([[1] * 10], [[5] * 130])
+    with pytest.raises(PromptsError, match=r"positions \(128\)"):
+        host.generate([[1] * 100], 60, is_over=lambda _row, _tokens: False)

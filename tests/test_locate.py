@@ -103,3 +103,13 @@ def test_a_folder_is_a_gguf_file_only_without_safetensors(tmp_path: Path) -> Non
 def test_a_gguf_file_that_is_not_there_is_neither(given: str) -> None:
     with pytest.raises(InputError, match="is neither a folder nor a Hub id"):
         locate_model(given, MODEL_FILES, "host")
+
+
+@pytest.mark.parametrize("name", ["epoch1.safetensors", "0000100_adapters.safetensors", "tokenizer.json"])
+def test_a_file_that_would_not_be_read_does_not_stand_for_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{name} is not a file that csulora reads by itself") as caught:
+        locate(str(tmp_path / name), ())
+    assert "adapter_model.safetensors" in caught.value.hint
+    assert locate(str(tmp_path / "adapter_model.safetensors"), ()).folder == tmp_path

@@ -46,7 +46,7 @@ def make(hosts: Callable[..., Path], prompts: Path, tmp_path: Path) -> Callable[
 def test_no_strength_is_found_for_what_no_prompt_runs(
     make: Callable[..., dict[str, Any]], hosts: Callable[..., Path], tmp_path: Path
 ) -> None:
-    settings = make(TOWER, unaligned=str(hosts("llava", seed=7)), strength="auto", out=tmp_path / "out")
+    settings = make(TOWER, unaligned=str(hosts("llava", change=0.3)), strength="auto", out=tmp_path / "out")
     adapter = str(tmp_path / "adapter")
     with pytest.raises(HostError, match="2 of 2 adapted modules run on none of 8 text prompts, so that no λ") as caught:
         fix_adapter(FixSettings(adapter, **settings))
@@ -73,7 +73,7 @@ def test_the_prompts_source_refuses_before_it_runs_the_adapter(
 def test_the_weights_source_tells_by_which_modules_it_chose(
     make: Callable[..., dict[str, Any]], hosts: Callable[..., Path], tmp_path: Path
 ) -> None:
-    settings = make(MIXED, unaligned=str(hosts("llava", seed=7)), strength="auto", out=tmp_path / "out")
+    settings = make(MIXED, unaligned=str(hosts("llava", change=0.3)), strength="auto", out=tmp_path / "out")
     report = fix_adapter(FixSettings(str(tmp_path / "adapter"), **settings))
     (warning,) = report.warnings
     assert warning.startswith("1 of 5 adapted modules run on none of 8 text prompts; λ and all that is measured come")
@@ -107,7 +107,7 @@ def test_eval_tells_what_it_cannot_measure(make: Callable[..., dict[str, Any]], 
 def test_compare_leaves_out_what_judges_by_prompts(
     make: Callable[..., dict[str, Any]], hosts: Callable[..., Path], tmp_path: Path
 ) -> None:
-    settings = make(MIXED, unaligned=str(hosts("llava", seed=7)), points=1, answer_tokens=2)
+    settings = make(MIXED, unaligned=str(hosts("llava", change=0.3)), points=1, answer_tokens=2)
     adapter = str(tmp_path / "adapter")
     report = compare_methods(CompareSettings(adapter, **settings))
     assert set(report.left_out) == {"prompts", "rotated", "benign"}

@@ -13,7 +13,7 @@ import oracle
 import pytest
 import safetensors.torch
 import torch
-from conftest import with_kinds
+from conftest import make_adapter, with_kinds
 from torch import Tensor
 
 from csulora_cli import api
@@ -396,7 +396,9 @@ def test_sharded_hosts_give_the_same_update(
 @pytest.mark.parametrize("says", [True, False])
 @pytest.mark.parametrize("host", ["llama", "gpt2"])
 @pytest.mark.parametrize("source", ["keep-out", "keep-in exact"])
+@pytest.mark.parametrize("is_square", [False, True])
 def test_orientation_follows_the_layer_and_not_what_fan_in_fan_out_says(
+    is_square: bool,
     source: str,
     host: str,
     says: bool,
@@ -407,7 +409,9 @@ def test_orientation_follows_the_layer_and_not_what_fan_in_fan_out_says(
     tmp_path: Path,
 ) -> None:
     """PEFT forces it on Conv1D and off on Linear whatever the file says (formats.md, section 1)."""
-    adapter = shutil.copytree(adapters(host), tmp_path / "my-adapter")
+    square = {"llama": "q_proj", "gpt2": "attn.c_proj"}[host]  # of which no shape tells how it is stored
+    made = make_adapter(hosts(host), tmp_path / "made", target_modules=[square]) if is_square else adapters(host)
+    adapter = shutil.copytree(made, tmp_path / "my-adapter")
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps({**config, "fan_in_fan_out": says}))
     out, _ = fix(host, adapter, source)

@@ -23,6 +23,7 @@ from csulora_cli.writer import (
     CARD_NAME,
     REPORT_NAME,
     cast_error,
+    check_apart,
     check_output,
     copy_companions,
     is_finite,
@@ -473,3 +474,12 @@ def test_values_that_overflow_the_stored_dtype_are_seen() -> None:
     tensors, _ = stored_tensors(adapter, {"a": Factors(module.lora_a.float() * 1e6, module.lora_b, module.scale)})
     assert not is_finite(tensors)
     assert is_finite(stored_tensors(adapter, {"a": Factors.of(module)})[0])
+
+
+@pytest.mark.parametrize("place", ["", "base", "base/deep"])
+def test_an_input_that_a_former_output_holds_is_not_removed(tmp_path: Path, place: str) -> None:
+    out = tmp_path / "out"
+    (out / place).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UsageError, match="which is read"):
+        check_apart(out, None, out / place)
+    check_apart(out, None, tmp_path / "other", tmp_path / "out-2")

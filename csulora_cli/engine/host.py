@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from csulora_cli.engine.attach import Update, applied
 from csulora_cli.engine.loading import load_weights, loading, quiet_transformers
 from csulora_cli.engine.memory import BatchSize
-from csulora_cli.errors import HostError, UsageError
+from csulora_cli.errors import HostError, PromptsError, UsageError
 from csulora_cli.formats.replication import Repeats
 from csulora_cli.formats.structure import model_class
 from csulora_cli.locate import Location
@@ -29,6 +29,25 @@ NLL_TOKENS = 512  # logits on every answer token of a batch take tokens x vocabu
 # Templates that print today's date would give other bytes every day.
 _FIXED_DATE = datetime(2025, 1, 1, tzinfo=UTC)
 _DATE_CODES = "%a %A %b %B %c %d %-d %D %e %F %H %I %j %m %-m %M %p %S %T %u %w %x %X %y %Y %Z %z".split()
+
+
+@contextmanager
+def _within_positions(model: Any) -> Iterator[None]:
+    """What a model with a table of positions says of a token behind its end, as an error of ours.
+
+    Raises:
+        PromptsError: there is such a token.
+    """
+    try:
+        yield
+    except IndexError as problem:
+        if "out of range" not in str(problem):
+            raise
+        limit = getattr(model.config, "max_position_embeddings", None)
+        raise PromptsError(
+            "a prompt with its answer has more tokens than the host has positions" + (f" ({limit})" if limit else ""),
+            "Leave out long prompts and responses.",
+        ) from None
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -194,7 +213,10 @@ class Host:
         if batch.decoder is not None:
             extra |= {"decoder_input_ids": batch.decoder.ids, "decoder_attention_mask": batch.decoder.mask}
         prompts = batch.prompts
-        out: Tensor = self.model(input_ids=prompts.ids, attention_mask=prompts.mask, use_cache=False, **extra).logits
+        with _within_positions(self.model):
+            out: Tensor = self.model(
+                input_ids=prompts.ids, attention_mask=prompts.mask, use_cache=False, **extra
+            ).logits
         return out
 
     def first_token_log_probs(self, token_lists: Sequence[Sequence[int]]) -> Tensor:
@@ -303,15 +325,16 @@ class Host:
             else:
                 prompts, extra = batch.prompts, {"decoder_input_ids": batch.decoder.ids}
             width = batch.continued.ids.shape[1]
-            out = self.model.generate(
-                input_ids=prompts.ids,
-                attention_mask=prompts.mask,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=self._pad_id(),
-                **_watchers(batch, width, take_first, is_over),
-                **extra,
-            )
+            with _within_positions(self.model):
+                out = self.model.generate(
+                    input_ids=prompts.ids,
+                    attention_mask=prompts.mask,
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    pad_token_id=self._pad_id(),
+                    **_watchers(batch, width, take_first, is_over),
+                    **extra,
+                )
             for index, row in enumerate(batch.rows):
                 answers[row] = list(takewhile(lambda token: token not in stops, out[index, width:].tolist()))
             if advance:

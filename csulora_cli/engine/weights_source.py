@@ -21,6 +21,8 @@ from csulora_cli.solver.lowrank import truncate
 from csulora_cli.solver.split import split
 from csulora_cli.text import printable, some
 
+# ‖D‖/‖W‖ above which a warning says so: about √2 of unrelated models, 0.5 at most of a model and what it was made from.
+UNLIKE = 1.0
 # What looks at the displacement D, (out, in), of a site while it is at hand.
 Observer = Callable[[Site, Tensor], None]
 
@@ -159,6 +161,11 @@ def measure_displacements(
         )
     if same := [name for name, entry in result.items() if entry.directions.rank == 0]:
         progress.warn(f"host and unaligned model do not differ in {len(same)} modules, left unchanged: {some(same)}")
+    if unlike := [name for name, entry in result.items() if entry.relative_norm > UNLIKE]:
+        progress.warn(
+            f"host and unaligned model differ by more than the host's own weights in {len(unlike)} of {len(result)} "
+            f"modules, as models that have nothing to do with each other do: {some(unlike, 2)}"
+        )
     return result
 
 
