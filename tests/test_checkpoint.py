@@ -150,9 +150,9 @@ def test_a_damaged_file_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 def test_a_damaged_second_shard_is_named(tmp_path: Path) -> None:
-    single(tmp_path, {"a.weight": (6, 4)})
+    save_file({"a.weight": torch.ones(6, 4)}, tmp_path / "first.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"broken")
-    index(tmp_path, {"a.weight": SINGLE_NAME, "b.weight": "x.safetensors"})
+    index(tmp_path, {"a.weight": "first.safetensors", "b.weight": "x.safetensors"})
     assert "x.safetensors of the host is not a safetensors file" in refused(tmp_path, lora("a")).message
 
 

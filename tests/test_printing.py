@@ -89,6 +89,12 @@ def _weights(data: bytes) -> Prepare:
     return _args(lambda world: (world.adapter / "adapter_model.safetensors").write_bytes(data))
 
 
+def _only_shards(index: Path) -> None:
+    """An index of hostile names, and no file that holds all."""
+    (index.parent / "model.safetensors").unlink()
+    index.write_text(json.dumps({"weight_map": {"a": f"{EVIL}.bin"}}))
+
+
 def _host(name: str, change: Callable[[Path], object]) -> Prepare:
     """The host is a copy in a folder of a hostile name, with one file changed."""
 
@@ -164,9 +170,7 @@ FAILURES: dict[str, Prepare] = {
     "model type of the host": _host("config.json", _json(model_type=EVIL)),
     "config of the host": _host("config.json", lambda path: path.write_text(f"{{{QUOTED}: 1, {QUOTED}: 2}}")),
     "weights of the host": _host("model.safetensors", _rename_tensor),
-    "shards of the host": _host(
-        "model.safetensors.index.json", lambda path: path.write_text(json.dumps({"weight_map": {"a": f"{EVIL}.bin"}}))
-    ),
+    "shards of the host": _host("model.safetensors.index.json", _only_shards),
     "chat template of the host": _host(
         "chat_template.jinja", lambda path: path.write_text("{{ raise_exception(" + QUOTED + ") }}")
     ),
