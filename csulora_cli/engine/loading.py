@@ -53,12 +53,12 @@ def loading(location: Location, role: str, hint: str) -> Iterator[None]:
     except Exception as problem:  # transformers and the model's own code raise anything
         if is_out_of_memory(problem):
             raise
-        reason = printable(problem)
+        reason = str(problem)
         if "trust_remote_code" in reason:
             hint = "It brings its own code: read it, then add --trust-remote-code."
         if "CONVERSION" in reason:  # points to a report that was not printed
             reason = "transformers cannot make the model's weights of those that are stored"
-        raise HostError(f"cannot load the {role} {printable(location.given)}: {reason}", hint) from None
+        raise HostError(f"cannot load the {role} {printable(location.given)}: {printable(reason)}", hint) from None
 
 
 def load_weights(
