@@ -21,7 +21,7 @@ from csulora_cli.solver.lowrank import truncate
 from csulora_cli.solver.split import split
 from csulora_cli.text import printable, some
 
-# ‖D‖/‖W‖ above which a warning says so: about √2 of unrelated models, 0.5 at most of a model and what it was made from.
+# ‖D‖/‖W‖ of unrelated models is about √2; above this a warning says so.
 UNLIKE = 1.0
 # What looks at the displacement D, (out, in), of a site while it is at hand.
 Observer = Callable[[Site, Tensor], None]
