@@ -91,7 +91,7 @@ class ForkServer:
 
 def repair(adapter: Path, hosts: Callable[..., Path], out: Path) -> list[object]:
     """The arguments of a repair that takes no time."""
-    models = ["--base", hosts("llama"), "--unaligned", hosts("llama", seed=7)]
+    models = ["--base", hosts("llama"), "--unaligned", hosts("llama", change=0.3)]
     return ["fix", adapter, *models, "--out", out, "--quiet"]
 
 
@@ -223,7 +223,7 @@ def by_weights(hosts: Callable[..., Path], adapters: Callable[..., Path], tmp_pa
     shutil.copytree(adapters("llama"), adapter)
 
     def make(**changes: Any) -> FixSettings:
-        options = {"adapter": str(adapter), "base": str(hosts("llama")), "unaligned": str(hosts("llama", seed=7)),
+        options = {"adapter": str(adapter), "base": str(hosts("llama")), "unaligned": str(hosts("llama", change=0.3)),
                    "out": tmp_path / "here" / "out"}  # fmt: skip
         return FixSettings(**{**options, **changes})
 
@@ -385,7 +385,7 @@ def measuring(
     hosts: Callable[..., Path], adapters: Callable[..., Path], prompts: Path, tmp_path: Path
 ) -> Callable[..., Callable[[Any], Any]]:  # fmt: skip
     """`measuring("eval", …)(progress)` runs `eval` or `compare` on copies in `models`; it writes to `here`."""
-    sources = {"adapter": adapters("llama"), "host": hosts("llama"), "unaligned": hosts("llama", seed=7)}
+    sources = {"adapter": adapters("llama"), "host": hosts("llama"), "unaligned": hosts("llama", change=0.3)}
     models = {name: tmp_path / "models" / name for name in sources}
     for name, folder in models.items():
         shutil.copytree(sources[name], folder)

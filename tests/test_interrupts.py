@@ -37,7 +37,7 @@ SAY_WHEN_IT_LISTENS = (
 @pytest.fixture
 def arguments(hosts: Callable[..., Path], adapters: Callable[..., Path], tmp_path: Path) -> list[str]:
     """Of a repair that takes no time."""
-    models = ["--base", hosts("llama"), "--unaligned", hosts("llama", seed=7)]
+    models = ["--base", hosts("llama"), "--unaligned", hosts("llama", change=0.3)]
     return list(map(str, ["fix", adapters("llama"), *models, "--out", tmp_path / "out", "--quiet"]))
 
 
