@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -109,7 +109,7 @@ class _Comparison:
 
     def run(self) -> CompareReport:
         settings = self.settings
-        choose(settings.method_names, settings.unaligned is not None)  # before anything is fetched
+        wanted = choose(settings.method_names, settings.unaligned is not None).methods  # before anything is fetched
         self.progress.stage("adapter")
         self.adapter_at = locate(settings.adapter, ADAPTER_FILES, settings.revision)
         if settings.out is not None:
@@ -137,16 +137,16 @@ class _Comparison:
             self.adapter = self.fitting.adapter
             self.sites = self.adapter.sites
             has_groups = any(site.place.groups > 1 for site in self.sites)
-            obstacle = self._obstacle_to_prompts()
+            obstacle = self._obstacle_to_prompts(wanted)
             chosen = choose(settings.method_names, settings.unaligned is not None, has_groups, obstacle)
             self.methods, self.left_out = chosen.methods, chosen.left_out
             self.repairs = self._prepare()
         return self._measure()
 
-    def _obstacle_to_prompts(self) -> str | None:
+    def _obstacle_to_prompts(self, wanted: Sequence[Method]) -> str | None:
         """Why nothing can be repaired by what its modules read on prompts, as a predicate; None where it can be.
 
-        Warns of modules that do not run on text.
+        Warns of modules that do not run on text. What modules read is looked at where a method asks for it.
 
         Raises:
             HostError: none does.
@@ -160,6 +160,8 @@ class _Comparison:
         if reach.unreached:
             self.progress.warn(f"{reach}; all that is measured comes from the others alone: {reach.names}")
             return "cannot judge the adapter's modules that run on no text prompt"
+        if not any(isinstance(method, MomentsMethod) for method in wanted):
+            return None
         try:
             group_sites(self.host, self.sites, self.host.encode(prompts[0]))
         except HostError as problem:

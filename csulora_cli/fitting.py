@@ -56,6 +56,10 @@ class Fitting:
             self._structure = read_structure(self._host_at, self._trust_remote_code, self.adapter.replication, modules)
         return self._structure
 
+    @property
+    def _has_config(self) -> bool:
+        return (self._host_at.folder / CONFIG_NAME).exists()
+
     def _bind(self, structure: Structure) -> None:
         self._structure = structure
         self.adapter = bind(self.adapter, structure)
@@ -93,8 +97,7 @@ class Fitting:
 
     def _match(self, checkpoint: Checkpoint) -> dict[str, WeightMatch]:
         # PEFT heeds it only where the layer's class agrees, which the host's config tells if there is one.
-        has_config = (self._host_at.folder / CONFIG_NAME).exists()
-        is_swapped = not has_config and bool(self.adapter.config.get("fan_in_fan_out"))
+        is_swapped = not self._has_config and bool(self.adapter.config.get("fan_in_fan_out"))
         if self._structure is None:
             return match_weights(self.adapter.sites, checkpoint, is_swapped)
         if self._structure.stored is not None:
@@ -107,8 +110,7 @@ class Fitting:
         A file names a shared weight once, and some models are saved under other names than they have in memory.
         Values that change under one name are those of stacked experts alone (transformers 5.23), which need the model.
         """
-        has_config = (self._host_at.folder / CONFIG_NAME).exists()
-        return not has_config or all(site.place.weight in checkpoint.tensors for site in self.adapter.sites)
+        return not self._has_config or all(site.place.weight in checkpoint.tensors for site in self.adapter.sites)
 
     def oriented(self) -> tuple[Matched, Matched]:
         """Both matches with square weights settled by the class of their modules."""
