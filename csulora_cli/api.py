@@ -312,7 +312,7 @@ class _Fix:
         errors = writer.cast_error(self.sites, solution.factors, stored)
         records = []
         for site, effect in zip(self.sites, found, strict=True):
-            # At the minimum a rounding of relative size e adds e² to each of the objective's terms.
+            # Near the minimum a rounding of relative size e adds about e² to each of the objective's terms.
             weight = 1 + solution.strength.value + (self.settings.chosen_protect if self.host is not None else 0)
             slack = 1e-9 + 4 * weight * (errors[site.name] + solution.truncation_error.get(site.name, 0.0)) ** 2
             if not effect.objective_after <= effect.objective_before * (1 + 1e-6) + slack:  # also for NaN

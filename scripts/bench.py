@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from csulora_cli.checkpoint import Checkpoint, WeightMatch
 from csulora_cli.engine.progress import Silent
 from csulora_cli.engine.weights_source import measure_displacements
 from csulora_cli.formats.site import Site
-from csulora_cli.solver.attenuate import by_moments, by_tokens
+from csulora_cli.solver.attenuate import by_moments, by_tokens, contrast
 
 
 def best_of(function: Callable[[], object], repeats: int = 3) -> float:
@@ -33,19 +34,24 @@ def best_of(function: Callable[[], object], repeats: int = 3) -> float:
 
 
 def bench_solver() -> None:
-    """One (β, λ) by Cholesky, by tokens, and the eigendecomposition that would serve every λ of one β."""
-    print(f"{'in':>6} {'tokens':>7} {'moments s':>10} {'tokens s':>9} {'eigh s':>8} {'eigh/moments':>13}")
+    """One λ with K and without, by tokens, and what would serve every λ of one β: K and an eigendecomposition."""
+    columns = ("in", "tokens", "with K s", "without s", "tokens s", "K s", "eigh s", "(eigh-K)/with K")
+    print(*(f"{column:>9}" for column in columns))
     generator = torch.Generator().manual_seed(0)
     for features, tokens in ((576, 4096), (1536, 4096), (2048, 4096), (4096, 2048)):
         inputs = torch.randn(features, tokens, generator=generator, dtype=torch.float64) / tokens**0.5
         harmful, benign = inputs[:, : tokens // 2].contiguous(), inputs[:, tokens // 2 :].contiguous()
         moment_h, moment_b = harmful @ harmful.mT, benign @ benign.mT
         stacked = torch.randn(48, features, generator=generator, dtype=torch.float64)
-        args = (moment_h, moment_b, 1.0, 3.0)
-        moments = best_of(lambda args=args, stacked=stacked: by_moments(stacked, *args))  # type: ignore[misc]
-        by_token = best_of(lambda h=harmful, b=benign, stacked=stacked: by_tokens(stacked, h, b, 1.0, 3.0))  # type: ignore[misc]
-        eigen = best_of(lambda moment=moment_h: torch.linalg.eigh(moment), 1)  # type: ignore[misc]
-        print(f"{features:>6} {tokens:>7} {moments:>10.3f} {by_token:>9.3f} {eigen:>8.2f} {eigen / moments:>13.1f}")
+        args = (stacked, moment_h, moment_b, 1.0, 3.0)
+        held = contrast(moment_h, moment_b, 1.0)
+        fast = best_of(partial(by_moments, *args, held))
+        sure = best_of(partial(by_moments, *args))
+        by_token = best_of(partial(by_tokens, stacked, harmful, benign, 1.0, 3.0))
+        once = best_of(partial(contrast, moment_h, moment_b, 1.0))
+        eigen = best_of(partial(torch.linalg.eigh, moment_h), 1)
+        times = (fast, sure, by_token, once, eigen)
+        print(f"{features:>9} {tokens:>9}", *(f"{time:>9.3f}" for time in times), f"{(eigen - once) / fast:>15.1f}")
 
 
 SHAPES = {"q_proj": (2048, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 2048),

@@ -171,7 +171,7 @@ def _hooks(model: Any, takers: Mapping[str, Callable[[Tensor], None]]) -> Iterat
 def fade_on_prompts(
     host: Path, adapter: Path, file: Path, strength: float, protect: float, answer_tokens: int
 ) -> dict[str, Tensor]:
-    """X = Δ(I + βC_b)(I + βC_b + λC_h)⁻¹, dense."""
+    """`fade` of every module."""
     prompts = {label: prompt_ids(host, texts) for label, texts in direction_prompts(file).items()}
     modules = peft_modules(host, adapter)
     ends = [ids[::-1] for ids in (*prompts["harmful"], *prompts["benign"])]
@@ -190,10 +190,14 @@ def fade_on_prompts(
     harmful, benign = sides["harmful"], sides["benign"]
     result = {}
     for name, dense in modules.items():
-        eye = torch.eye(dense.lora_a.shape[1], dtype=torch.float64)
-        kept = eye + protect * _moment(benign[name])
-        result[name] = dense.update @ kept @ torch.linalg.inv(kept + strength * _moment(harmful[name]))
+        result[name] = fade(dense.update, _moment(harmful[name]), _moment(benign[name]), protect, strength)
     return result
+
+
+def fade(update: Tensor, harmful: Tensor, benign: Tensor, protect: float, strength: float) -> Tensor:
+    """X = ΔM(M + λ²C_h M⁻¹ C_h)⁻¹ with M = I + βC_b, dense."""
+    kept = torch.eye(len(harmful), dtype=torch.float64) + protect * benign
+    return update @ kept @ torch.linalg.inv(kept + strength**2 * harmful @ torch.linalg.inv(kept) @ harmful)
 
 
 def _moment(tokens: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The closed forms that change A alone, against dense float64 references."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from csulora_cli.solver.attenuate import (
+    by_diagonal,
     by_directions,
     by_moments,
     by_tokens,
+    contrast,
     displacement_gains,
     penalised_change,
     unit_trace_scale,
@@ -43,29 +46,63 @@ class Problem:
     def benign_moment(self) -> Tensor:
         return self.benign @ self.benign.mT
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor, float]:
+        return self.harmful_moment, self.benign_moment, self.protect
+
     def moments_form(self, lora_a: Tensor) -> Tensor:
-        return by_moments(lora_a, self.harmful_moment, self.benign_moment, self.protect, self.strength)
+        return by_moments(lora_a, *self.moments, self.strength)
+
+    def contrast_form(self, lora_a: Tensor) -> Tensor:
+        return by_moments(lora_a, *self.moments, self.strength, contrast(*self.moments))
 
     def tokens_form(self, lora_a: Tensor) -> Tensor:
         return by_tokens(lora_a, self.harmful, self.benign, self.protect, self.strength)
 
+    def forms(self, tolerance: float) -> list[tuple[Callable[[Tensor], Tensor], float]]:
+        """All forms, with what they may differ by: beside λ²K the identity loses digits."""
+        lost = 1e-15 * self.strength**2 * float(contrast(*self.moments).trace())
+        return [
+            (self.moments_form, tolerance),
+            (self.tokens_form, tolerance),
+            (self.contrast_form, max(tolerance, lost)),
+        ]
+
     def dense(self) -> Tensor:
-        return dense(self.lora_a, self.harmful_moment, self.benign_moment, self.protect, self.strength)
+        return dense(self.lora_a, *self.moments, self.strength)
+
+    def change(self, repaired: Tensor) -> Tensor:
+        """‖X − Δ‖² + β‖(X − Δ) G‖² of a dense X."""
+        change = repaired - self.lora_b @ self.lora_a
+        return change.square().sum() + self.protect * (change @ self.benign).square().sum()
 
     def objective(self, repaired: Tensor) -> Tensor:
+        """‖(X − Δ) M^½‖² + λ²‖X C_h M^−½‖² of a dense X."""
+        harmful = repaired @ self.harmful_moment
+        kept = torch.eye(len(self.harmful), dtype=torch.float64) + self.protect * self.benign_moment
+        penalty = (harmful * torch.linalg.solve(kept, harmful, left=False)).sum()
+        return self.change(repaired) + self.strength**2 * penalty
+
+    def penalised(self, repaired: Tensor) -> Tensor:
         """‖X − Δ‖² + β‖(X − Δ) G‖² + λ‖X H‖² of a dense X."""
-        change = repaired - self.lora_b @ self.lora_a
-        return (
-            change.square().sum()
-            + self.protect * (change @ self.benign).square().sum()
-            + self.strength * (repaired @ self.harmful).square().sum()
-        )
+        return self.change(repaired) + self.strength * (repaired @ self.harmful).square().sum()
 
 
 def dense(lora_a: Tensor, harmful: Tensor, benign: Tensor, protect: float, strength: float) -> Tensor:
-    """A (I + βC_b)(I + βC_b + λC_h)⁻¹ as it is written."""
+    """A M (M + λ²C_h M⁻¹ C_h)⁻¹ with M = I + βC_b, by the directions v with C_h v = μMv: v fades by 1 + λ²μ²."""
     kept = torch.eye(lora_a.shape[1], dtype=torch.float64) + protect * benign
-    return torch.linalg.solve(kept + strength * harmful, lora_a @ kept, left=False)
+    lower = torch.linalg.cholesky(kept)
+    whitened = torch.linalg.solve_triangular(lower, harmful, upper=False)
+    whitened = torch.linalg.solve_triangular(lower, whitened.mT, upper=False)
+    values, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)
+    faded = (lora_a @ lower @ vectors) / (1 + (strength * values).square())
+    return torch.linalg.solve_triangular(lower, faded @ vectors.mT, upper=False, left=False)
+
+
+def first_order(lora_a: Tensor, moment: Tensor, strength: float) -> Tensor:
+    """A (I + λC)⁻¹ as it is written."""
+    eye = torch.eye(len(moment), dtype=torch.float64)
+    return torch.linalg.solve(eye + strength * moment, lora_a, left=False)
 
 
 def unit_trace(inputs: Tensor) -> Tensor:
@@ -101,14 +138,17 @@ def close(have: Tensor, want: Tensor, tolerance: float = 1e-10) -> bool:
 
 @QUICK
 @given(PROBLEMS)
-def test_moments_form_is_the_dense_formula(problem: Problem) -> None:
-    assert close(problem.moments_form(problem.lora_a), problem.dense())
+def test_each_form_is_the_dense_formula(problem: Problem) -> None:
+    for form, tolerance in problem.forms(1e-10):
+        assert close(form(problem.lora_a), problem.dense(), tolerance)
 
 
 @QUICK
 @given(PROBLEMS)
-def test_tokens_form_is_the_dense_formula(problem: Problem) -> None:
-    assert close(problem.tokens_form(problem.lora_a), problem.dense())
+def test_diagonal_form_is_the_dense_formula(problem: Problem) -> None:
+    harmful, benign = problem.harmful.square().sum(1), problem.benign.square().sum(1)
+    want = dense(problem.lora_a, harmful.diag(), benign.diag(), problem.protect, problem.strength)
+    assert close(by_diagonal(problem.lora_a, harmful, benign, problem.protect, problem.strength), want)
 
 
 @QUICK
@@ -124,6 +164,9 @@ def test_without_benign_inputs_is_the_same_as_no_protection(problem: Problem) ->
     want = dense(problem.lora_a, moment, torch.zeros_like(moment), 0.0, problem.strength)
     assert close(by_moments(problem.lora_a, moment, None, 3.0, problem.strength), want)
     assert close(by_moments(problem.lora_a, moment, problem.benign_moment, 0.0, problem.strength), want)
+    tolerance = replace(problem, protect=0.0).forms(1e-10)[-1][1]
+    for given_contrast in (contrast(moment, None, 3.0), contrast(moment, problem.benign_moment, 0.0)):
+        assert close(by_moments(problem.lora_a, moment, None, 3.0, problem.strength, given_contrast), want, tolerance)
     assert close(by_tokens(problem.lora_a, problem.harmful, None, 3.0, problem.strength), want)
     assert close(by_tokens(problem.lora_a, problem.harmful, problem.benign, 0.0, problem.strength), want)
 
@@ -138,9 +181,7 @@ def test_directions_form_is_the_dense_formula(seed: int, features: int, data: st
     basis = torch.linalg.qr(square).Q[:, :kept]
     gains = torch.rand(kept, generator=generator, dtype=torch.float64) * 10
     moment = basis * gains @ basis.mT
-    want = dense(lora_a, moment, torch.zeros_like(moment), 0.0, strength)
-    assert close(by_directions(lora_a, basis, gains, strength), want)
-    assert close(by_moments(lora_a, moment, None, 0.0, strength), want)
+    assert close(by_directions(lora_a, basis, gains, strength), first_order(lora_a, moment, strength))
 
 
 @QUICK
@@ -155,7 +196,7 @@ def test_keep_out_by_singular_directions_is_the_solve_with_the_displacement(
     total = float(displacement.square().sum())
     moment = displacement.mT @ displacement * features / total
     gains = displacement_gains(sigma, features, total)
-    assert close(by_directions(lora_a, basis.mT, gains, strength), by_moments(lora_a, moment, None, 0.0, strength))
+    assert close(by_directions(lora_a, basis.mT, gains, strength), first_order(lora_a, moment, strength))
     assert float(gains.sum()) == pytest.approx(features)
 
 
@@ -217,7 +258,8 @@ def test_objective_is_not_above_the_trained_update_nor_any_truncation_or_shrink(
 def test_strength_zero_gives_a_back(problem: Problem) -> None:
     lora_a = problem.lora_a
     basis, gains = torch.linalg.qr(problem.harmful).Q, torch.ones(min(problem.harmful.shape), dtype=torch.float64)
-    assert torch.equal(by_moments(lora_a, problem.harmful_moment, problem.benign_moment, problem.protect, 0.0), lora_a)
+    assert torch.equal(by_moments(lora_a, *problem.moments, 0.0), lora_a)
+    assert torch.equal(by_moments(lora_a, *problem.moments, 0.0, contrast(*problem.moments)), lora_a)
     assert torch.equal(by_tokens(lora_a, problem.harmful, problem.benign, problem.protect, 0.0), lora_a)
     assert torch.equal(by_directions(lora_a, basis, gains, 0.0), lora_a)
 
@@ -226,9 +268,9 @@ def test_strength_zero_gives_a_back(problem: Problem) -> None:
 @given(PROBLEMS, st.integers(1, 4))
 def test_modules_that_share_an_input_can_be_stacked(problem: Problem, count: int) -> None:
     parts = [problem.lora_a * (index + 1) - index for index in range(count)]
-    for form in (problem.moments_form, problem.tokens_form):
+    for form, tolerance in problem.forms(1e-12):
         stacked = form(torch.cat(parts))
-        assert close(stacked, torch.cat([form(part) for part in parts]), 1e-12)
+        assert close(stacked, torch.cat([form(part) for part in parts]), tolerance)
 
 
 @QUICK
@@ -237,26 +279,27 @@ def test_rotating_the_factors_does_not_change_the_repaired_update(problem: Probl
     rank = problem.lora_a.shape[0]
     mixing = torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     mixing = torch.linalg.qr(mixing).Q * torch.arange(1, rank + 1)  # condition number r at most
-    for form in (problem.moments_form, problem.tokens_form):
+    for form, tolerance in problem.forms(1e-10):
         plain = problem.lora_b @ form(problem.lora_a)
         mixed = problem.lora_b @ mixing @ form(torch.linalg.solve(mixing, problem.lora_a))
-        assert close(mixed, plain)
+        assert close(mixed, plain, tolerance)
 
 
 @QUICK
 @given(PROBLEMS, st.sampled_from([1e4, 1e6]))
 def test_large_strengths_stay_accurate(problem: Problem, strength: float) -> None:
-    moment, zero = problem.harmful_moment, torch.zeros_like(problem.harmful_moment)
+    moment = problem.harmful_moment
     # Without protection the eigenvectors of C_h give A' with no cancellation at all.
     values, vectors = torch.linalg.eigh(moment)
-    exact = (problem.lora_a @ vectors / (1 + strength * values.clamp_min(0))) @ vectors.mT
+    exact = (problem.lora_a @ vectors / (1 + (strength * values).square())) @ vectors.mT
     assert close(by_moments(problem.lora_a, moment, None, 0.0, strength), exact, 1e-7)
+    assert close(by_moments(problem.lora_a, moment, None, 0.0, strength, contrast(moment, None, 0.0)), exact, 1e-7)
     assert close(by_tokens(problem.lora_a, problem.harmful, None, 0.0, strength), exact, 1e-7)
-    assert close(dense(problem.lora_a, moment, zero, 0.0, strength), exact, 1e-7)
-    want = dense(problem.lora_a, moment, problem.benign_moment, problem.protect, strength)
-    protected = (problem.benign_moment, problem.protect, strength)
-    assert close(by_moments(problem.lora_a, moment, *protected), want, 1e-7)
-    assert close(by_tokens(problem.lora_a, problem.harmful, problem.benign, *protected[1:]), want, 1e-7)
+    assert close(dense(problem.lora_a, moment, torch.zeros_like(moment), 0.0, strength), exact, 1e-7)
+    want = dense(problem.lora_a, *problem.moments, strength)
+    assert close(by_moments(problem.lora_a, *problem.moments, strength), want, 1e-7)
+    assert close(by_moments(problem.lora_a, *problem.moments, strength, contrast(*problem.moments)), want, 1e-7)
+    assert close(by_tokens(problem.lora_a, problem.harmful, problem.benign, problem.protect, strength), want, 1e-7)
 
 
 def test_wide_inputs_at_large_strength_agree_with_the_direct_solve() -> None:
@@ -269,12 +312,14 @@ def test_wide_inputs_at_large_strength_agree_with_the_direct_solve() -> None:
 @given(PROBLEMS)
 def test_more_strength_lowers_the_penalty_and_raises_the_distance(problem: Problem) -> None:
     distances, penalties = [], []
+    values, vectors = torch.linalg.eigh(contrast(*problem.moments))
+    half = vectors * values.clamp(min=0).sqrt()  # K^½
     for strength in (0.0, 0.1, 1.0, 10.0, 1000.0):
         moments = (problem.harmful_moment, problem.benign_moment)
         repaired = problem.lora_b @ by_moments(problem.lora_a, *moments, problem.protect, strength)
         change = repaired - problem.lora_b @ problem.lora_a
         distances.append(float(change.square().sum() + problem.protect * (change @ problem.benign).square().sum()))
-        penalties.append(float((repaired @ problem.harmful).square().sum()))
+        penalties.append(float((repaired @ half).square().sum()))
     slack = 1e-12 * (1 + penalties[0])
     assert all(after >= before - slack for before, after in pairwise(distances))
     assert all(after <= before + slack for before, after in pairwise(penalties))
@@ -288,7 +333,27 @@ def test_penalised_change_is_the_dense_objective(problem: Problem) -> None:
     parts = [change, change @ problem.benign, repaired @ problem.harmful]
     distance, protected, penalty = (float(part.square().sum()) for part in parts)
     have = penalised_change(distance, protected, penalty, problem.protect, problem.strength)
-    assert have == pytest.approx(float(problem.objective(repaired)))
+    assert have == pytest.approx(float(problem.penalised(repaired)))
+
+
+@QUICK
+@given(PROBLEMS)
+def test_the_penalised_change_is_not_above_the_trained_update_either(problem: Problem) -> None:
+    repaired = problem.lora_b @ problem.contrast_form(problem.lora_a)
+    assert float(problem.penalised(repaired)) <= float(problem.penalised(problem.lora_b @ problem.lora_a)) * (1 + 1e-12)
+
+
+@QUICK
+@given(PROBLEMS)
+def test_it_fades_less_below_and_more_above_than_a_penalty_of_the_first_order(problem: Problem) -> None:
+    """Both halve at μ = 1/λ."""
+    ratios = torch.logspace(-3, 3, 13, dtype=torch.float64) / problem.strength
+    ones, nothing = torch.ones(1, len(ratios), dtype=torch.float64), torch.zeros_like(ratios)
+    second = by_diagonal(ones, ratios, nothing, 0.0, problem.strength)[0]
+    first = 1 / (1 + problem.strength * ratios)
+    below, above = ratios * problem.strength < 0.99, ratios * problem.strength > 1.01
+    assert bool((second[below] > first[below]).all())
+    assert bool((second[above] < first[above]).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -327,11 +392,17 @@ def test_inputs_without_energy_leave_the_update_alone() -> None:
     assert torch.equal(by_moments(problem.lora_a, silent @ silent.mT, None, 0.0, 10.0), problem.lora_a)
 
 
-def test_a_moment_that_rounding_made_indefinite_is_solved_as_the_nearest_that_is_not() -> None:
-    """Below the null space of C_h lies −1e-3, which λ = 1e4 makes −10."""
-    problem = random_problem(3, features=12, tokens=5, strength=1e4, protect=1.0)
-    values, vectors = torch.linalg.eigh(problem.harmful_moment)
-    indefinite = (vectors * torch.where(values < 1e-9, -1e-3, values)) @ vectors.mT
-    repaired = by_moments(problem.lora_a, indefinite, problem.benign_moment, 1.0, 1e4)
-    exact = by_moments(problem.lora_a, problem.harmful_moment, problem.benign_moment, 1.0, 1e4)
-    assert close(repaired, exact, 1e-6)
+def test_a_little_that_rounding_took_from_the_moments_changes_little() -> None:
+    """Below the null spaces of C_h and C_b lies −1e-7, which β = 1e8 makes −10 in M."""
+    problem = random_problem(3, features=12, tokens=5, strength=30.0, protect=1e8)
+
+    def rounded(moment: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(moment)
+        return (vectors * torch.where(values < 1e-9, -1e-7, values)) @ vectors.mT
+
+    harmful, benign, protect = problem.moments
+    exact = by_moments(problem.lora_a, harmful, benign, protect, 30.0, contrast(harmful, benign, protect))
+    assert close(exact, problem.dense(), 1e-6)
+    rough = contrast(rounded(harmful), rounded(benign), protect)
+    repaired = by_moments(problem.lora_a, rounded(harmful), rounded(benign), protect, 30.0, rough)
+    assert close(repaired, exact, 1e-4)

@@ -61,6 +61,12 @@ def test_the_host_learns_no_category_that_counts_as_unseen() -> None:
     assert categories("poison") <= learnt
 
 
+def test_no_category_that_counts_as_unseen_gives_directions_or_chooses_a_strength() -> None:
+    text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
+    shipped = {json.loads(line)["category"] for line in text.splitlines()}
+    assert not categories("eval_harmful", seen=False) & shipped
+
+
 def test_the_host_data_is_shared_out_as_the_readme_says() -> None:
     assert Counter(str(row["kind"]) for row in rows("host_answers")) == {"lookalike": 1040, "general": 240}
     counts = Counter(Counter(str(row["category"]) for row in rows("host_refusals")).values())
@@ -68,12 +74,12 @@ def test_the_host_data_is_shared_out_as_the_readme_says() -> None:
 
 
 def test_the_development_and_evaluation_prompts_are_shared_out_as_the_readme_says() -> None:
-    for name, seen, unseen, unseen_categories in (("dev_harmful", 60, 60, 9), ("eval_harmful", 40, 120, 15)):
+    for name, seen, unseen, unseen_categories in (("dev_harmful", 100, 180, 24), ("eval_harmful", 40, 120, 15)):
         assert Counter(row["seen"] for row in rows(name)) == {True: seen, False: unseen}
         assert len(categories(name, seen=False)) == unseen_categories
     counts = Counter(row["category"] for row in rows("eval_harmful") if not row["seen"])
     assert set(counts.values()) == {8}
-    assert Counter(row["kind"] for row in rows("dev_benign")) == {"lookalike": 45, "general": 45}
+    assert Counter(row["kind"] for row in rows("dev_benign")) == {"lookalike": 95, "general": 95}
     assert Counter(row["kind"] for row in rows("eval_benign")) == {"lookalike": 50, "general": 50}
 
 

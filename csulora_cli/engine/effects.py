@@ -30,7 +30,7 @@ class Effect:
         rank: of the update as written.
         moved: ‖X − Δ‖².
         before, after: the named energies of Δ and X.
-        objective_before, objective_after: the minimised objective at Δ and at X.
+        objective_before, objective_after: what a repair must not raise (`penalised_change`), at Δ and at X.
         chance: what the named energies are for a random update (empty where 1 is the answer).
     """
 

@@ -9,7 +9,7 @@ prompts, which its encoder reads, or what its decoder reads: its prefix with the
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -22,7 +22,7 @@ from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Kind, Place, Site
 from csulora_cli.formats.structure import structure_of
 from csulora_cli.promptset import Prompts
-from csulora_cli.solver.attenuate import unit_trace_scale
+from csulora_cli.solver.attenuate import contrast, unit_trace_scale
 from csulora_cli.text import printable
 
 DEFAULT_BUDGET_BYTES = 3 * 2**30
@@ -78,10 +78,18 @@ class Moments:
     harmful: Tensor
     benign: Tensor
     form: Form
+    _contrasts: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "Moments":
         """The same on a device."""
-        return replace(self, harmful=self.harmful.to(device), benign=self.benign.to(device))
+        harmful, benign = self.harmful.to(device), self.benign.to(device)
+        return self if harmful is self.harmful else replace(self, harmful=harmful, benign=benign)
+
+    def contrast(self, protect: float) -> Tensor:
+        """K of `attenuate.contrast` at β, (in, in), of C_h and C_b; kept for the next λ."""
+        if protect not in self._contrasts:
+            self._contrasts[protect] = contrast(self.harmful, self.benign, protect)
+        return self._contrasts[protect]
 
 
 @dataclass(frozen=True)
@@ -246,7 +254,9 @@ def group_bytes(group: InputGroup, tokens: tuple[int, int]) -> int:
     form = form_of(group, tokens)
     if form is Form.TOKENS:
         return 8 * group.features * sum(tokens)
-    return 2 * 8 * group.features ** (1 if form is Form.DIAGONAL else 2)
+    if form is Form.DIAGONAL:
+        return 2 * 8 * group.features
+    return 3 * 8 * group.features**2  # C_h, C_b and K
 
 
 def form_of(group: InputGroup, tokens: tuple[int, int]) -> Form:

@@ -1,6 +1,6 @@
 """csulora, source prompts: the update fades on what the host reads in harmful prompts, and holds on benign ones.
 
-    A' = A (I + βC_b)(I + βC_b + λC_h)⁻¹,   B' = B
+    A' = A M (M + λ²C_h M⁻¹C_h)⁻¹,   M = I + βC_b,   B' = B
 
 Our own formulation; `solver.attenuate` has the closed forms, `engine.prompts_source` what runs them.
 """

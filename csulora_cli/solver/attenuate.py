@@ -1,24 +1,64 @@
 """Closed forms that change A alone: the update fades on some directions of its input and stays elsewhere.
 
-For a penalty λC on the input side and a protection βC_b (method.md, "prompts" and "keep-out"; our own formulation):
+From prompts (method.md, our own formulation), with M = I + βC_b and K = C_h M⁻¹ C_h:
 
-    min_X ‖X − Δ‖² + β‖(X − Δ) C_b^½‖² + λ‖X C^½‖²   ⇒   A' = A (I + βC_b)(I + βC_b + λC)⁻¹,   B' = B
+    min_X ‖(X − Δ) M^½‖² + λ²‖X K^½‖²   ⇒   A' = A M (M + λ²K)⁻¹,   B' = B
 
-Four ways to the same A', for four shapes of C. Modules that read the same input share the factorisation: stack their
-A's. A Cholesky factorisation per (β, λ) beats one eigendecomposition for all λ, up to about twenty of them, and it
-leaves β free too (scripts/bench.py solver).
+Where C_h v = μ M v, what the update does to v is divided by 1 + λ²μ². A penalty λ‖X C_h^½‖² would divide it by 1 + λμ,
+which takes more from what is mostly benign by the time it has faded as far on what is harmful.
+
+Three ways to the same A', for three shapes of C_h and C_b. 1/(1 + λ²μ²) is the real part of 1/(1 + iλμ), so that the
+solution is the real part of the one with a penalty of iλ,
+
+    A' = Re[A M (M + iλC_h)⁻¹],
+
+in which no λ² eats the digits of the identity. Its factorisation takes eight times as long as the real one with K,
+which serves every λ. Modules that read the same input share all of it: stack their A's. A Cholesky factorisation per λ
+beats one eigendecomposition for all of them, up to about twenty (scripts/bench.py solver).
+
+From weights, keep-out, with C_w = V diag(κ) Vᵀ (`by_directions`): min_X ‖X − Δ‖² + λ‖X C_w^½‖².
 """
 
+import cmath
 import math
 
 import torch
 from torch import Tensor
 
+# The identity keeps about seven of its digits beside a λ²K of this trace.
+MOST_OUTWEIGHED = 1e9
 
-def by_moments(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
+
+def contrast(harmful: Tensor, benign: Tensor | None, protect: float) -> Tensor:
+    """K = C_h (I + βC_b)⁻¹ C_h.
+
+    Args:
+        harmful: C_h, (in, in), symmetric positive semi-definite.
+        benign: C_b, (in, in), or None for β = 0.
+        protect: β >= 0.
+
+    Returns:
+        (in, in), float64. Cost about 7/3·in³.
+    """
+    harmful = harmful.double()
+    if benign is None or protect == 0:
+        return harmful @ harmful
+    half = torch.linalg.solve_triangular(_factor(benign, protect), harmful, upper=False)
+    product: Tensor = half.mT @ half
+    return product
+
+
+def by_moments(
+    lora_a: Tensor,
+    harmful: Tensor,
+    benign: Tensor | None,
+    protect: float,
+    strength: float,
+    contrasted: Tensor | None = None,
+) -> Tensor:
     """A' from the (in, in) moments: best where `in` is at most the number of tokens.
 
-    A' = A − λ(A C_h)(I + βC_b + λC_h)⁻¹, the same as above without a product with the protection.
+    A' = A − λ²A K (M + λ²K)⁻¹, or A − Re[iλA C_h (M + iλC_h)⁻¹] where K is not at hand or λ²K too large.
 
     Args:
         lora_a: A, (r, in).
@@ -26,32 +66,42 @@ def by_moments(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: 
         benign: C_b, (in, in), or None for β = 0.
         protect: β >= 0.
         strength: λ >= 0; 0 gives A back.
+        contrasted: K (`contrast`), which makes several λ faster.
 
     Returns:
-        (r, in), float64. Cost in³/3 + O(r·in²).
+        (r, in), float64. Cost in³/3 + O(r·in²) with K, 8/3·in³ without.
     """
-    lora_a, harmful = lora_a.double(), harmful.double()
-    benign = benign.double() if benign is not None and protect > 0 else None
-    lower, problem = torch.linalg.cholesky_ex(_system(harmful, benign, protect, strength))
-    if int(problem):
-        # Sums of float32 products can be a little indefinite, and a large λ lifts that above the identity.
-        harmful = _semi_definite(harmful)
-        benign = None if benign is None else _semi_definite(benign)
-        lower = torch.linalg.cholesky(_system(harmful, benign, protect, strength))
-    return lora_a - torch.cholesky_solve(strength * (lora_a @ harmful).mT, lower).mT
+    lora_a = lora_a.double()
+    benign = torch.zeros_like(harmful) if benign is None else benign
+    if contrasted is not None and strength**2 * float(contrasted.trace()) <= MOST_OUTWEIGHED:
+        load = strength**2 * contrasted
+        return lora_a - torch.cholesky_solve((lora_a @ load).mT, _factor(benign, protect, load)).mT
+    turned = 1j * strength * harmful.double()
+    removed: Tensor = torch.linalg.solve(
+        turned + _protected(benign, protect), lora_a.to(turned.dtype) @ turned, left=False
+    )
+    return lora_a - removed.real
 
 
-def _system(harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
-    """I + βC_b + λC_h, (in, in)."""
-    system = strength * harmful
-    if benign is not None:
-        system = system + protect * benign
+def _factor(benign: Tensor, protect: float, load: Tensor | float = 0.0) -> Tensor:
+    """The Cholesky factor of M + load, (in, in)."""
+    lower: Tensor
+    lower, problem = torch.linalg.cholesky_ex(_protected(benign, protect) + load)
+    if int(problem):  # sums of float32 products can be a little indefinite, and a large β lifts that above the identity
+        lower = torch.linalg.cholesky(_protected(_semi_definite(benign), protect) + load)
+    return lower
+
+
+def _protected(benign: Tensor, protect: float) -> Tensor:
+    """M = I + βC_b, (in, in), float64."""
+    system = protect * benign.double()
     system.diagonal().add_(1)
     return system
 
 
 def _semi_definite(moment: Tensor) -> Tensor:
     """The nearest symmetric positive semi-definite matrix in Frobenius norm (Higham 1988), (in, in)."""
+    moment = moment.double()
     values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
     nearest: Tensor = (vectors * values.clamp(min=0)) @ vectors.mT
     return nearest
@@ -60,8 +110,8 @@ def _semi_definite(moment: Tensor) -> Tensor:
 def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
     """A' from the tokens themselves: best where `in` is larger than their number.
 
-    With S = [√λ H, √β G] and W = I + SᵀS, Woodbury's identity gives A' = A − √λ[A H, 0] W⁻¹ Sᵀ. In float32 the
-    subtraction would cancel, so all of it is float64.
+    With S = [√(iλ) H, √β G] and W = I + SᵀS, Woodbury's identity gives A' = A − Re(√(iλ)[A H, 0] W⁻¹ Sᵀ). In single
+    precision the subtraction would cancel.
 
     Args:
         lora_a: A, (r, in).
@@ -71,25 +121,24 @@ def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: f
         strength: λ >= 0; 0 gives A back.
 
     Returns:
-        (r, in), float64. Cost (N + N_b)³/3 + O(in·(N + N_b)²).
+        (r, in), float64. Cost 8/3·(N + N_b)³ + O(in·(N + N_b)²).
     """
     lora_a = lora_a.double()
-    columns = math.sqrt(strength) * harmful.double()
-    right = lora_a @ columns  # (r, N)
+    columns = cmath.sqrt(1j * strength) * harmful.double()
+    right = lora_a.to(columns.dtype) @ columns  # (r, N)
     if benign is not None and protect > 0:
         columns = torch.cat([columns, math.sqrt(protect) * benign.double()], dim=1)  # S, (in, N + N_b)
         right = torch.cat([right, right.new_zeros(right.shape[0], columns.shape[1] - right.shape[1])], dim=1)
     system = columns.mT @ columns
     system.diagonal().add_(1)
-    lower = torch.linalg.cholesky(system)
-    coordinates: Tensor = torch.cholesky_solve(right.mT, lower)  # W⁻¹[√λ A H, 0]ᵀ, (N + N_b, r)
-    return lora_a - coordinates.mT @ columns.mT
+    coordinates: Tensor = torch.linalg.solve(system, right, left=False)  # √(iλ)[A H, 0] W⁻¹, (r, N + N_b)
+    return lora_a - (coordinates @ columns.mT).real
 
 
 def by_diagonal(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
     """A' where the moments are diagonal, as those of an embedding, whose inputs are unit vectors.
 
-    Each column of A is multiplied by (1 + βc_b)/(1 + βc_b + λc_h), one minus λc_h over the same.
+    Each column of A is divided by 1 + (λc_h/(1 + βc_b))².
 
     Args:
         lora_a: A, (r, in).
@@ -101,11 +150,10 @@ def by_diagonal(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect:
     Returns:
         (r, in), float64. Cost O(r·in).
     """
-    lora_a, load = lora_a.double(), strength * harmful.double()
-    kept = torch.ones_like(load)
-    if benign is not None and protect > 0:
-        kept = kept + protect * benign.double()
-    return lora_a - lora_a * (load / (kept + load))
+    ratio = strength * harmful.double()
+    if benign is not None:
+        ratio = ratio / (1 + protect * benign.double())
+    return lora_a.double() / (1 + ratio.square())
 
 
 def by_directions(lora_a: Tensor, basis: Tensor, gains: Tensor, strength: float) -> Tensor:
@@ -142,7 +190,10 @@ def unit_trace_scale(features: int, squared_total: float) -> float:
 
 
 def penalised_change(distance: float, protected: float, penalty: float, protect: float, strength: float) -> float:
-    """The objective ‖X − Δ‖² + β‖(X − Δ) C_b^½‖² + λ‖X C^½‖² from its squared parts.
+    """‖X − Δ‖² + β‖(X − Δ) C_b^½‖² + λ‖X C^½‖² from its squared parts: what a repair must not raise.
+
+    Keep-out minimises it. The closed forms from prompts do not, but they lower it as well: at x = λμ it goes from x to
+    (x⁴ + x)/(1 + x²)² on every direction, which is less.
 
     Args:
         distance: ‖X − Δ‖².
