@@ -22,6 +22,7 @@ from csulora_cli.engine import behaviour, inputs, prompts_source
 from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.report import FixReport
 from csulora_cli.settings import FixSettings, Geometry, RankMode
+from csulora_cli.solver.attenuate import contrast
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -338,6 +339,16 @@ def test_few_tokens_take_the_woodbury_form_by_themselves(
     assert forms
     assert {shape[0] for shape in forms} == {128}
     assert_merges_to(hosts("gpt2"), out, promised(hosts("gpt2"), hosts("gpt2"), adapters("gpt2"), file, "prompts", 3.0))
+
+
+def test_what_all_strengths_share_is_computed_once(
+    adapters: Callable[..., Path], fix: Callable[..., tuple[Path, FixReport]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+    monkeypatch.setattr(inputs, "contrast", lambda *args: calls.append(args[0]) or contrast(*args))
+    _, report = fix("llama", adapters("llama"), "prompts auto")
+    assert len(report.strength.path) > 1
+    assert len(calls) == len({id(moment) for moment in calls}) == 8  # two layers, four different inputs in each
 
 
 @pytest.mark.parametrize("protect", [0.0, 30.0])
