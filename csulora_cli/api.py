@@ -1,6 +1,7 @@
 """`fix_adapter`: the product. Everything that the command line does, without a terminal."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -312,9 +313,12 @@ class _Fix:
         errors = writer.cast_error(self.sites, solution.factors, stored)
         records = []
         for site, effect in zip(self.sites, found, strict=True):
-            # Near the minimum a rounding of relative size e adds about e² to each of the objective's terms.
+            # At the minimum a rounding of relative size e adds e² to each of the objective's terms.
             weight = 1 + solution.strength.value + (self.settings.chosen_protect if self.host is not None else 0)
-            slack = 1e-9 + 4 * weight * (errors[site.name] + solution.truncation_error.get(site.name, 0.0)) ** 2
+            error = errors[site.name] + solution.truncation_error.get(site.name, 0.0)
+            slack = 1e-9 + 4 * weight * error**2
+            if self.host is not None:  # from prompts another objective is minimised, so that this one has a slope
+                slack += 2 * math.sqrt(weight * effect.objective_before) * error
             if not effect.objective_after <= effect.objective_before * (1 + 1e-6) + slack:  # also for NaN
                 raise VerificationError(
                     f"module '{printable(site.name)}' came out worse than it went in: objective "

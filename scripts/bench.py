@@ -1,6 +1,6 @@
 """Benchmarks: what the parts of a repair cost, as ratios measured in one run.
 
-    python scripts/bench.py solver         Cholesky per λ against one eigendecomposition for all λ
+    python scripts/bench.py solver         one λ with K and without, against one eigendecomposition for all λ
     python scripts/bench.py weights        the weights source against reading both checkpoints, and against dense SVD
 
 Times are the best of three on the threads that torch takes; run it on an idle machine.

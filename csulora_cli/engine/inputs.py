@@ -22,7 +22,7 @@ from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Kind, Place, Site
 from csulora_cli.formats.structure import structure_of
 from csulora_cli.promptset import Prompts
-from csulora_cli.solver.attenuate import contrast, unit_trace_scale
+from csulora_cli.solver.attenuate import contrast, definite, unit_trace_scale
 from csulora_cli.text import printable
 
 DEFAULT_BUDGET_BYTES = 3 * 2**30
@@ -78,18 +78,21 @@ class Moments:
     harmful: Tensor
     benign: Tensor
     form: Form
-    _contrasts: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _shared: dict[float, tuple[Tensor | None, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def to(self, device: torch.device) -> "Moments":
         """The same on a device."""
         harmful, benign = self.harmful.to(device), self.benign.to(device)
         return self if harmful is self.harmful else replace(self, harmful=harmful, benign=benign)
 
-    def contrast(self, protect: float) -> Tensor:
-        """K of `attenuate.contrast` at β, (in, in), of C_h and C_b; kept for the next λ."""
-        if protect not in self._contrasts:
-            self._contrasts[protect] = contrast(self.harmful, self.benign, protect)
-        return self._contrasts[protect]
+    def shared(self, protect: float) -> tuple[Tensor | None, Tensor]:
+        """What all λ share at β, (in, in) each: C_b made `definite`, None without β, and K. Of the form MOMENT alone."""
+        if protect not in self._shared:
+            benign = definite(self.benign, protect)
+            self._shared[protect] = benign, contrast(self.harmful, benign, protect)
+        return self._shared[protect]
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,12 @@ def closest(members: Sequence[Site], moments: Moments, protect: float, strength:
         A' in float32, B as stored, by site name.
     """
     stacked = torch.cat([site.lora_a.to(moments.harmful.device, torch.float64) for site in members])  # (Σr, in)
-    given = stacked, moments.harmful, moments.benign, protect, strength
     if moments.form is Form.MOMENT:
-        solved = by_moments(*given, moments.contrast(protect))
+        benign, contrasted = moments.shared(protect)
+        solved = by_moments(stacked, moments.harmful, benign, protect, strength, contrasted)
     else:
-        solved = (by_tokens if moments.form is Form.TOKENS else by_diagonal)(*given)
+        solve = by_tokens if moments.form is Form.TOKENS else by_diagonal
+        solved = solve(stacked, moments.harmful, moments.benign, protect, strength)
     pieces = torch.split(solved.float().cpu(), [site.rank for site in members])
     return {site.name: replace(Factors.of(site), lora_a=piece) for site, piece in zip(members, pieces, strict=True)}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # Half-octave steps: fine enough for "the smallest", and the same on every machine, which bisecting floats is not.
 PLACES_PER_OCTAVE = 2
-PATH = tuple(float(f"{2 ** (step / PLACES_PER_OCTAVE):.3g}") for step in range(-8, 21))
+PATH = tuple(float(f"{2 ** (step / PLACES_PER_OCTAVE):.3g}") for step in range(-8, 29))
 
 # Where the limit is out of reach, λ beyond the point at which KL levels off only moves the update further.
 PLATEAU = 1.05

@@ -14,7 +14,7 @@ METHODS = (
         family=Family.CSULORA,
         summary="fades on harmful prompts, holds on benign ones",
         symbol="λ",
-        grid=logarithmic(1, 256),
+        grid=logarithmic(0.25, 64),
         has_auto=True,
         solve=closest,
     ),

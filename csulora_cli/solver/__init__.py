@@ -17,6 +17,8 @@ Every variant is one problem, solved in closed form, module by module:
 | σ      | singular_values  | (k,)             | singular values of D                                               |
 | H, G   | harmful, benign  | (in, N)          | inputs of the module on prompt tokens, one column a token          |
 | C      | moment           | (in, in)         | second moment of the inputs, scaled to trace `in`                  |
+| M      | protected        | (in, in)         | I + βC_b: the metric of the prompts source                         |
+| K      | contrasted       | (in, in)         | C_h M⁻¹ C_h: its penalty                                           |
 | λ      | strength         | -                | how much the unsafe part costs; 0 leaves the adapter as it is      |
 | β      | protect          | -                | how much a change of behaviour on benign inputs costs              |
 

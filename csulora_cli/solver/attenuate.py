@@ -1,6 +1,6 @@
 """Closed forms that change A alone: the update fades on some directions of its input and stays elsewhere.
 
-From prompts (method.md, our own formulation), with M = I + βC_b and K = C_h M⁻¹ C_h:
+From prompts (our own formulation), with M = I + βC_b and K = C_h M⁻¹ C_h:
 
     min_X ‖(X − Δ) M^½‖² + λ²‖X K^½‖²   ⇒   A' = A M (M + λ²K)⁻¹,   B' = B
 
@@ -29,12 +29,28 @@ from torch import Tensor
 MOST_OUTWEIGHED = 1e9
 
 
+def definite(benign: Tensor | None, protect: float) -> Tensor | None:
+    """C_b, or the nearest semi-definite matrix to it (Higham 1988) where I + βC_b is not positive definite.
+
+    Sums of float32 products can be a little indefinite, and a large β lifts that above the identity.
+    """
+    if benign is None or protect == 0:
+        return None
+    _, problem = torch.linalg.cholesky_ex(_with_identity(protect * benign.double()))
+    if not int(problem):
+        return benign
+    benign = benign.double()
+    values, vectors = torch.linalg.eigh((benign + benign.mT) / 2)
+    nearest: Tensor = (vectors * values.clamp(min=0)) @ vectors.mT
+    return nearest
+
+
 def contrast(harmful: Tensor, benign: Tensor | None, protect: float) -> Tensor:
     """K = C_h (I + βC_b)⁻¹ C_h.
 
     Args:
         harmful: C_h, (in, in), symmetric positive semi-definite.
-        benign: C_b, (in, in), or None for β = 0.
+        benign: C_b, (in, in), `definite`; None for β = 0.
         protect: β >= 0.
 
     Returns:
@@ -43,7 +59,8 @@ def contrast(harmful: Tensor, benign: Tensor | None, protect: float) -> Tensor:
     harmful = harmful.double()
     if benign is None or protect == 0:
         return harmful @ harmful
-    half = torch.linalg.solve_triangular(_factor(benign, protect), harmful, upper=False)
+    lower = torch.linalg.cholesky(_with_identity(protect * benign.double()))
+    half = torch.linalg.solve_triangular(lower, harmful, upper=False)
     product: Tensor = half.mT @ half
     return product
 
@@ -66,52 +83,35 @@ def by_moments(
         benign: C_b, (in, in), or None for β = 0.
         protect: β >= 0.
         strength: λ >= 0; 0 gives A back.
-        contrasted: K (`contrast`), which makes several λ faster.
+        contrasted: K (`contrast`), which makes several λ faster. C_b must then be `definite`.
 
     Returns:
         (r, in), float64. Cost in³/3 + O(r·in²) with K, 8/3·in³ without.
     """
     lora_a = lora_a.double()
-    benign = torch.zeros_like(harmful) if benign is None else benign
-    if contrasted is not None and strength**2 * float(contrasted.trace()) <= MOST_OUTWEIGHED:
-        load = strength**2 * contrasted
-        return lora_a - torch.cholesky_solve((lora_a @ load).mT, _factor(benign, protect, load)).mT
+    benign = benign if contrasted is not None else definite(benign, protect)
+    protected = 0.0 if benign is None else protect * benign.double()
+    if contrasted is not None and strength * strength * float(contrasted.trace()) <= MOST_OUTWEIGHED:
+        load = strength * strength * contrasted
+        lower = torch.linalg.cholesky(_with_identity(load + protected))
+        return lora_a - torch.cholesky_solve((lora_a @ load).mT, lower).mT
     turned = 1j * strength * harmful.double()
-    removed: Tensor = torch.linalg.solve(
-        turned + _protected(benign, protect), lora_a.to(turned.dtype) @ turned, left=False
-    )
+    system = _with_identity(turned + protected)
+    removed: Tensor = torch.linalg.solve(system, lora_a.to(turned.dtype) @ turned, left=False)
     return lora_a - removed.real
 
 
-def _factor(benign: Tensor, protect: float, load: Tensor | float = 0.0) -> Tensor:
-    """The Cholesky factor of M + load, (in, in)."""
-    lower: Tensor
-    lower, problem = torch.linalg.cholesky_ex(_protected(benign, protect) + load)
-    if int(problem):  # sums of float32 products can be a little indefinite, and a large β lifts that above the identity
-        lower = torch.linalg.cholesky(_protected(_semi_definite(benign), protect) + load)
-    return lower
-
-
-def _protected(benign: Tensor, protect: float) -> Tensor:
-    """M = I + βC_b, (in, in), float64."""
-    system = protect * benign.double()
-    system.diagonal().add_(1)
-    return system
-
-
-def _semi_definite(moment: Tensor) -> Tensor:
-    """The nearest symmetric positive semi-definite matrix in Frobenius norm (Higham 1988), (in, in)."""
-    moment = moment.double()
-    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
-    nearest: Tensor = (vectors * values.clamp(min=0)) @ vectors.mT
-    return nearest
+def _with_identity(moment: Tensor) -> Tensor:
+    """A matrix plus I, in its place."""
+    moment.diagonal().add_(1)
+    return moment
 
 
 def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
     """A' from the tokens themselves: best where `in` is larger than their number.
 
-    With S = [√(iλ) H, √β G] and W = I + SᵀS, Woodbury's identity gives A' = A − Re(√(iλ)[A H, 0] W⁻¹ Sᵀ). In single
-    precision the subtraction would cancel.
+    With S = [H, G], w = √(iλ) for a column of H and √β for one of G, and W = I + wᵀ∘SᵀS∘w, Woodbury's identity gives
+    A' = A − Re(√(iλ)[A H, 0] W⁻¹∘w) Sᵀ. In single precision the subtraction would cancel.
 
     Args:
         lora_a: A, (r, in).
@@ -124,15 +124,18 @@ def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: f
         (r, in), float64. Cost 8/3·(N + N_b)³ + O(in·(N + N_b)²).
     """
     lora_a = lora_a.double()
-    columns = cmath.sqrt(1j * strength) * harmful.double()
-    right = lora_a.to(columns.dtype) @ columns  # (r, N)
+    harmful = harmful.double()
+    turn = cmath.sqrt(1j * strength)
+    columns, weights = harmful, lora_a.new_full((harmful.shape[1],), turn, dtype=torch.complex128)
+    right = turn * (lora_a @ harmful)  # (r, N)
     if benign is not None and protect > 0:
-        columns = torch.cat([columns, math.sqrt(protect) * benign.double()], dim=1)  # S, (in, N + N_b)
-        right = torch.cat([right, right.new_zeros(right.shape[0], columns.shape[1] - right.shape[1])], dim=1)
-    system = columns.mT @ columns
+        columns = torch.cat([harmful, benign.double()], dim=1)  # S, (in, N + N_b)
+        weights = torch.cat([weights, weights.new_full((benign.shape[1],), math.sqrt(protect))])
+        right = torch.cat([right, right.new_zeros(right.shape[0], benign.shape[1])], dim=1)
+    system = weights[:, None] * (columns.mT @ columns) * weights
     system.diagonal().add_(1)
-    coordinates: Tensor = torch.linalg.solve(system, right, left=False)  # √(iλ)[A H, 0] W⁻¹, (r, N + N_b)
-    return lora_a - (coordinates @ columns.mT).real
+    coordinates: Tensor = torch.linalg.solve(system, right, left=False) * weights  # (r, N + N_b)
+    return lora_a - coordinates.real @ columns.mT
 
 
 def by_diagonal(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
