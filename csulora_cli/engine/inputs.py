@@ -88,7 +88,7 @@ class Moments:
         return self if harmful is self.harmful else replace(self, harmful=harmful, benign=benign)
 
     def shared(self, protect: float) -> tuple[Tensor | None, Tensor]:
-        """What all λ share at β, (in, in) each: C_b made `definite`, None without β, and K. Of the form MOMENT alone."""
+        """What all λ share at β, (in, in) each: C_b made `definite` (None without β), and K. Of form MOMENT alone."""
         if protect not in self._shared:
             benign = definite(self.benign, protect)
             self._shared[protect] = benign, contrast(self.harmful, benign, protect)
