@@ -10,8 +10,8 @@ Writes DIR/compare/<adapter>-<dtype>-<points>.json, whole or not at all; what is
 that is found and every point that is scored is added to the .journal beside it at once, so that a run that was stopped
 goes on with the next one, after the models are loaded and the moments are collected again.
 
-With the defaults (one strength a method beside the one that is found, bfloat16) an adapter takes 30 to 60 minutes of one
-core, most of it for some 25 scored models.
+With the defaults (one strength a method beside the one that is found, bfloat16) an adapter takes 30 to 60 minutes of
+one core, most of it for some 25 scored models.
 """
 
 import argparse
