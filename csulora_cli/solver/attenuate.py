@@ -14,7 +14,8 @@ solution is the real part of the one with a penalty of iλ,
 
 in which no λ² eats the digits of the identity. Its factorisation takes eight times as long as the real one with K,
 which serves every λ. Modules that read the same input share all of it: stack their A's. A Cholesky factorisation per λ
-beats one eigendecomposition for all of them, up to about twenty (scripts/bench.py solver).
+beats one eigendecomposition for all of them up to about seven λ at in = 576, fifteen at 4096 (scripts/bench.py solver);
+`--strength auto` tries three to five.
 
 From weights, keep-out, with C_w = V diag(κ) Vᵀ (`by_directions`): min_X ‖X − Δ‖² + λ‖X C_w^½‖².
 """
