@@ -341,6 +341,21 @@ def test_few_tokens_take_the_woodbury_form_by_themselves(
     assert_merges_to(hosts("gpt2"), out, promised(hosts("gpt2"), hosts("gpt2"), adapters("gpt2"), file, "prompts", 3.0))
 
 
+@pytest.mark.parametrize(
+    ("kind", "protect", "strength"), [("bf16", 30.0, 0.125), ("bf16", 100.0, 0.25), ("fp16", 100.0, 0.0625)]
+)
+def test_rounding_of_a_small_repair_is_not_taken_for_a_wrong_one(
+    kind: str,
+    protect: float,
+    strength: float,
+    adapters: Callable[..., Path],
+    fix: Callable[..., tuple[Path, FixReport]],
+) -> None:
+    _, report = fix("llama", adapters("llama", **KINDS[kind]), "prompts", strength=strength, protect=protect)
+    rises = [module.objective_after / module.objective_before - 1 for module in report.modules]
+    assert 0 < max(rises) < ROUNDING[KINDS[kind]["dtype"]]
+
+
 def test_what_all_strengths_share_is_computed_once(
     adapters: Callable[..., Path], fix: Callable[..., tuple[Path, FixReport]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
