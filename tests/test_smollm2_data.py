@@ -19,6 +19,11 @@ def rows(name: str) -> list[dict[str, str | bool]]:
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def shipped() -> list[dict[str, str]]:
+    text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def prompts(name: str) -> list[str]:
     return [str(row["prompt"]) for row in rows(name)]
 
@@ -40,10 +45,8 @@ def test_no_prompt_that_is_measured_on_is_looked_at_before(looked_at: str, measu
 
 
 def test_no_evaluation_prompt_repeats_another_or_one_that_ships() -> None:
-    text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
-    shipped = [json.loads(line)["prompt"] for line in text.splitlines()]
     evaluation = [*prompts("eval_harmful"), *prompts("eval_benign")]
-    assert near_duplicates(shipped, evaluation) == []
+    assert near_duplicates([row["prompt"] for row in shipped()], evaluation) == []
     assert near_duplicates(evaluation, evaluation) == [(prompt, prompt) for prompt in evaluation]
 
 
@@ -62,9 +65,7 @@ def test_the_host_learns_no_category_that_counts_as_unseen() -> None:
 
 
 def test_no_category_that_counts_as_unseen_gives_directions_or_chooses_a_strength() -> None:
-    text = (files("csulora_cli") / "data" / "prompts.jsonl").read_text(encoding="utf-8")
-    shipped = {json.loads(line)["category"] for line in text.splitlines()}
-    assert not categories("eval_harmful", seen=False) & shipped
+    assert not categories("eval_harmful", seen=False) & {row["category"] for row in shipped()}
 
 
 def test_the_host_data_is_shared_out_as_the_readme_says() -> None:
