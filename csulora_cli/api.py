@@ -5,10 +5,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from csulora_cli import card, html, writer
 from csulora_cli.adapter import Adapter, describe, read_adapter, scale_options
@@ -18,7 +20,7 @@ from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_directions, encode_prompts
 from csulora_cli.engine.progress import Progress
-from csulora_cli.engine.prompts_source import PromptsPath, protecting
+from csulora_cli.engine.prompts_source import Confined, PromptsPath, closest, protecting
 from csulora_cli.engine.reach import reach_of
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, check_geometry, measure_displacements
@@ -65,6 +67,8 @@ def fix_adapter(settings: FixSettings, progress: Progress | None = None) -> FixR
 
 # Recomputes what every module's stored factors do; given to `_finish` by the source that was used.
 _Effects = Callable[[Mapping[str, Factors]], list[effects.Effect]]
+# The closest update at a λ, by name of the site.
+_Repair = Callable[[float], dict[str, Factors]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class _Fix:
         self.adapter = read_adapter(self.adapter_at.folder)
         check_magnitudes(self.adapter, settings.dora, settings.strict)
         self.device = choose_device(settings.device)
-        self.prompts = load_prompts(settings.prompts) if self._needs_host else None
+        self.prompts = load_prompts(settings.prompts) if settings.runs_prompts else None
         self.progress.stage("models")
         files = model_files(settings.trust_remote_code)
         self.host_at = locate_host(self.adapter, settings.base, files, self.progress)
@@ -104,7 +108,7 @@ class _Fix:
         with ExitStack() as stack:
             self.fitting = Fitting(self.adapter, self.host_at, self.unaligned_at, settings.trust_remote_code)
             self.fitting.match(stack)
-            self.host = self.fitting.load(self.device, settings.dtype, self.progress) if self._needs_host else None
+            self.host = self.fitting.load(self.device, settings.dtype, self.progress) if settings.runs_prompts else None
             self.carried = self.fitting.settle(settings.dora, self.progress)
             tell_active(self.carried, settings.strict, self.progress)
             self.adapter = self.fitting.adapter
@@ -124,18 +128,15 @@ class _Fix:
         reach = reach_of(self.host, self.sites, self.prompts.directions.harmful)
         if not reach.unreached:
             return
-        if self.settings.chosen_source is Source.PROMPTS:
-            way = "use --unaligned with a number for --strength" if reach.is_none else "use --unaligned"
-            raise HostError(f"{reach}: {reach.names}", f"The prompts source cannot judge them; {way}.")
+        if self.settings.fades_on_prompts:
+            way = "use --unaligned without --protect"
+            way += ", with a number for --strength" if reach.is_none else ""
+            raise HostError(f"{reach}: {reach.names}", f"Prompts cannot judge them; {way}.")
         if reach.is_none:
             raise HostError(
                 f"{reach}, so that no λ can be found by measuring: {reach.names}", "Give --strength a number."
             )
         self.progress.warn(f"{reach}; λ and all that is measured come from the others alone: {reach.names}")
-
-    @property
-    def _needs_host(self) -> bool:
-        return self.settings.chosen_source is Source.PROMPTS or self.settings.is_auto
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -148,20 +149,21 @@ class _Fix:
 
     # Sources
 
-    def _prompts(self) -> tuple[_Solution, _Effects]:
+    def _prompts(self, bases: Mapping[str, Tensor] | None = None) -> tuple[_Solution, _Effects]:
+        """By what the host reads in prompts; given bases, along these directions of each site's input alone."""
         host = self.host
         assert host is not None
         fixed = self.settings.fixed_strength
         protect = self.settings.chosen_protect
         directions = self._directions(host)
-        path = PromptsPath(
-            host, self.sites, directions, protect, strength.PATH if fixed is None else [fixed], self.progress
-        )
-        record, factors = self._solve(path)
+        solver = closest if bases is None else Confined(bases)
+        strengths = strength.PATH if fixed is None else [fixed]
+        path = PromptsPath(host, self.sites, directions, protect, strengths, self.progress, solvers=[solver])
+        record, factors = self._solve(partial(path.repaired, solver=solver))
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
             found = effects.prompt_effects(
-                host, self.sites, path.groups, stored, directions, protect, record.value, self.progress
+                host, self.sites, path.groups, stored, directions, protect, record.value, self.progress, bases
             )
             self._tell_unreached(found)
             return found
@@ -196,8 +198,10 @@ class _Fix:
             solver_device(self.device),
             self.progress,
         )
+        if settings.fades_on_prompts:
+            return self._prompts({name: entry.directions.right for name, entry in self.displacements.items()})
         path = WeightsPath(self.sites, self.displacements, settings.chosen_geometry, settings.chosen_rank)
-        record, factors = self._solve(path)
+        record, factors = self._solve(path.repaired)
 
         def of(stored: Mapping[str, Factors]) -> list[effects.Effect]:
             return effects.weight_effects(
@@ -209,19 +213,19 @@ class _Fix:
     def _unchanged(self) -> dict[str, Factors]:
         return {site.name: Factors.of(site) for site in self.sites}
 
-    def _solve(self, path: PromptsPath | WeightsPath) -> tuple[StrengthRecord, dict[str, Factors]]:
+    def _solve(self, repaired: _Repair) -> tuple[StrengthRecord, dict[str, Factors]]:
         """λ, given or found, and the closest update there."""
         fixed = self.settings.fixed_strength
-        record = self._search(path) if fixed is None else StrengthRecord(fixed, is_auto=False)
-        return record, self._unchanged() if record.value == 0 else path.repaired(record.value)
+        record = self._search(repaired) if fixed is None else StrengthRecord(fixed, is_auto=False)
+        return record, self._unchanged() if record.value == 0 else repaired(record.value)
 
-    def _search(self, path: PromptsPath | WeightsPath) -> StrengthRecord:
+    def _search(self, repaired: _Repair) -> StrengthRecord:
         """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does."""
         host = self.host
         assert host is not None
         self.progress.stage("strength")
         judge = KlJudge(host, self._encode(host, "tuning"), Update.of(self.adapter))
-        return find_strength(judge, self.sites, path.repaired, self.settings.target, self.progress)
+        return find_strength(judge, self.sites, repaired, self.settings.target, self.progress)
 
     # Writing
 
@@ -314,10 +318,10 @@ class _Fix:
         records = []
         for site, effect in zip(self.sites, found, strict=True):
             # At the minimum a rounding of relative size e adds e² to each of the objective's terms.
-            weight = 1 + solution.strength.value + (self.settings.chosen_protect if self.host is not None else 0)
+            weight = 1 + solution.strength.value + self.settings.chosen_protect
             error = errors[site.name] + solution.truncation_error.get(site.name, 0.0)
             slack = 1e-9 + 4 * weight * error**2
-            if self.host is not None:  # from prompts another objective is minimised, so that this one has a slope
+            if self.settings.fades_on_prompts:  # another objective is minimised, so that this one has a slope
                 slack += 2 * math.sqrt(weight * effect.objective_before) * error
             if not effect.objective_after <= effect.objective_before * (1 + 1e-6) + slack:  # also for NaN
                 raise VerificationError(
@@ -405,9 +409,9 @@ class _Fix:
     def _settings_used(self, value: float) -> dict[str, Any]:
         settings = self.settings
         used: dict[str, Any] = {"source": str(settings.chosen_source), "strength": value}
-        if settings.chosen_source is Source.PROMPTS:
+        if settings.fades_on_prompts:
             used["protect"] = settings.chosen_protect
-        else:
+        if settings.chosen_source is Source.WEIGHTS:
             used["geometry"] = str(settings.chosen_geometry)
             used["subspace_energy"] = None if settings.subspace_rank else settings.chosen_energy
             used["subspace_rank"] = settings.subspace_rank

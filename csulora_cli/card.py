@@ -9,6 +9,13 @@ from csulora_cli.locate import Location, looks_like_hub_id
 from csulora_cli.report import FixReport
 from csulora_cli.text import printable
 
+# By source, and whether prompts tell what fades.
+_PAID_FOR = {
+    ("prompts", True): "harmful prompts",
+    ("weights", True): "harmful prompts along the directions of safety alignment",
+    ("weights", False): "the directions of safety alignment",
+}
+
 
 def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
     """The text of README.md. The base model stands in it only as a Hub id, never as a path."""
@@ -16,7 +23,7 @@ def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
         _front_matter(adapter, host),
         "# " + _plain(f"{report.inputs['adapter'].name}, repaired with csulora"),
         "csulora looked for the update closest to the original adapter's that pays for what it does on "
-        + ("harmful prompts" if report.settings["source"] == "prompts" else "the directions of safety alignment")
+        + _PAID_FOR[report.settings["source"], "protect" in report.settings]
         + ". Keys and layout are the original's, and load where it does. The numbers below are "
         "measurements on the stated prompts; they do not show that the adapter is safe.",
         "## What was measured",

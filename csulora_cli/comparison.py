@@ -22,7 +22,7 @@ from csulora_cli.engine.effects import moved_share
 from csulora_cli.engine.host import choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_directions, encode_prompts, group_sites
 from csulora_cli.engine.progress import Progress
-from csulora_cli.engine.prompts_source import PromptsPath, protecting
+from csulora_cli.engine.prompts_source import PromptsPath, Solver, protecting
 from csulora_cli.engine.reach import reach_of
 from csulora_cli.engine.scoring import (
     EncodedScoring,
@@ -42,8 +42,9 @@ from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
 from csulora_cli.journal import Journal
 from csulora_cli.locate import ADAPTER_FILES, locate, locate_model
-from csulora_cli.methods import choose
+from csulora_cli.methods import choose, needs_displacement, needs_moments
 from csulora_cli.methods.method import (
+    ConfinedMethod,
     DirectionsMethod,
     DisplacementMethod,
     FactorsMethod,
@@ -68,6 +69,7 @@ from csulora_cli.promptset import SPLITS, Prompts, load_prompts
 from csulora_cli.report import InputRecord, StrengthRecord
 from csulora_cli.scores import ModelScore
 from csulora_cli.settings import DEFAULT_PROTECT, DEFAULT_SUBSPACE_ENERGY, CompareSettings, DoraMode
+from csulora_cli.solver.displacement import Directions
 from csulora_cli.solver.lowrank import squared_norm
 from csulora_cli.taskset import load_task
 from csulora_cli.text import number
@@ -160,7 +162,7 @@ class _Comparison:
         if reach.unreached:
             self.progress.warn(f"{reach}; all that is measured comes from the others alone: {reach.names}")
             return "cannot judge the adapter's modules that run on no text prompt"
-        if not any(isinstance(method, MomentsMethod) for method in wanted):
+        if not any(map(needs_moments, wanted)):
             return None
         try:
             group_sites(self.host, self.sites, self.host.encode(prompts[0]))
@@ -188,13 +190,16 @@ class _Comparison:
             for method in self.methods
             if isinstance(method, FactorsMethod)
         }
-        return repairs | self._from_weights() | self._from_prompts()
+        directions, from_weights = self._from_weights()
+        bases = {name: entry.right for name, entry in directions.items()}
+        return repairs | from_weights | self._from_prompts(bases)
 
-    def _from_weights(self) -> dict[str, _Repair]:
+    def _from_weights(self) -> tuple[dict[str, Directions], dict[str, _Repair]]:
+        """The displacements' directions by module name, and the methods that need nothing else."""
         by_directions = [method for method in self.methods if isinstance(method, DirectionsMethod)]
         by_displacement = [method for method in self.methods if isinstance(method, DisplacementMethod)]
-        if not by_directions and not by_displacement:
-            return {}
+        if not any(map(needs_displacement, self.methods)):
+            return {}, {}
         seen: dict[Callable[[Site, Tensor], Any], dict[str, Any]] = {method.observe: {} for method in by_displacement}
 
         def look(module: Site, displacement: Tensor) -> None:
@@ -214,19 +219,19 @@ class _Comparison:
         repairs: dict[str, _Repair] = {
             method.name: partial(method.repair, self.sites, directions) for method in by_directions
         }
-        return repairs | {
+        return directions, repairs | {
             method.name: partial(method.repair, self.sites, seen[method.observe]) for method in by_displacement
         }
 
-    def _from_prompts(self) -> dict[str, _Repair]:
+    def _from_prompts(self, bases: Mapping[str, Tensor]) -> dict[str, _Repair]:
         repairs: dict[str, _Repair] = {}
-        methods = [method for method in self.methods if isinstance(method, MomentsMethod)]
-        if not methods:
+        solvers = self._solvers(bases)
+        if not solvers:
             return repairs
         encoded = encode_directions(self.host, self.prompts.directions)
         own = protecting(self.host, encoded, Update.of(self.adapter), self.progress)
         for reads_harmful in (True, False):
-            group = [method for method in methods if method.reads_harmful is reads_harmful]
+            group = {method: solver for method, (solver, reads) in solvers.items() if reads is reads_harmful}
             if not group:
                 continue
             directions = own if reads_harmful else self._benign_for_harmful(own)
@@ -237,10 +242,20 @@ class _Comparison:
                 DEFAULT_PROTECT,
                 sorted({*strength.PATH, *(value for method in group for value in self._grid(method))}),
                 self.progress,
-                solvers=[method.solve for method in group],
+                solvers=list(group.values()),
             )
-            repairs |= {method.name: partial(path.repaired, solver=method.solve) for method in group}
+            repairs |= {method.name: partial(path.repaired, solver=solver) for method, solver in group.items()}
         return repairs
+
+    def _solvers(self, bases: Mapping[str, Tensor]) -> dict[Method, tuple[Solver, bool]]:
+        """Solvers of the methods that need moments, and whether C_h is to come from the harmful prompts."""
+        solvers: dict[Method, tuple[Solver, bool]] = {}
+        for method in self.methods:
+            if isinstance(method, MomentsMethod):
+                solvers[method] = method.solve, method.reads_harmful
+            elif isinstance(method, ConfinedMethod):
+                solvers[method] = method.solver(bases), True
+        return solvers
 
     def _benign_for_harmful(self, directions: DirectionPrompts) -> DirectionPrompts:
         """Look-alikes, or all benign prompts if none are told apart, without answers, in the harmful ones' place."""

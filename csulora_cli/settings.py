@@ -73,8 +73,9 @@ class FixSettings:
         source: prompts or weights; None means weights if `unaligned` is given, else prompts.
         prompts: a JSONL file of harmful and benign prompts; None takes the set that ships with csulora.
         geometry: keep-in or keep-out, weights source (default keep-out).
-        strength: λ, or "auto"; None means auto for prompts, and `DEFAULT_WEIGHTS_STRENGTH` for weights.
-        protect: β, prompts source (default `DEFAULT_PROTECT`).
+        strength: λ, or "auto"; None means auto where prompts tell what fades, else `DEFAULT_WEIGHTS_STRENGTH`.
+        protect: β, prompts source (default `DEFAULT_PROTECT`); with keep-out (default 0) prompts are run as well,
+            and tell what fades along the displacement's directions.
         target: auto takes the smallest λ with KL(host ‖ repaired) <= target · KL(host ‖ adapter), in which no
             prompt counts more than `MOST_A_PROMPT` nats (default `DEFAULT_TARGET`).
         subspace_energy: τ, the share of ‖D‖² that the directions must hold, weights source (default 0.9).
@@ -139,11 +140,12 @@ class FixSettings:
         if self.chosen_source is Source.WEIGHTS:
             if self.unaligned is None:
                 raise UsageError("--source weights needs the unaligned checkpoint", "Add --unaligned MODEL.")
-            if self.protect is not None:
-                raise UsageError("--protect applies to the prompts source only", "Leave --protect or --unaligned out.")
-            if self.prompts is not None and not self.is_auto:
+            if self.protect is not None and self.chosen_geometry is Geometry.KEEP_IN:
+                raise UsageError("--protect does not apply to --geometry keep-in", "Leave one of them out.")
+            if self.prompts is not None and not self.runs_prompts:
                 raise UsageError(
-                    "--prompts is not read by the weights source with a fixed strength", "Add --strength auto."
+                    "--prompts is not read by the weights source with a fixed strength",
+                    "Add --strength auto, or --protect B.",
                 )
         else:
             only_weights = {
@@ -181,8 +183,20 @@ class FixSettings:
 
     @property
     def chosen_protect(self) -> float:
-        """β of the prompts source."""
-        return DEFAULT_PROTECT if self.protect is None else self.protect
+        """β; 0 where the weights source is not told to protect anything."""
+        if self.protect is not None:
+            return self.protect
+        return DEFAULT_PROTECT if self.chosen_source is Source.PROMPTS else 0.0
+
+    @property
+    def fades_on_prompts(self) -> bool:
+        """True if prompts tell what fades: in the prompts source, and in keep-out that protects."""
+        return self.chosen_source is Source.PROMPTS or self.chosen_protect > 0
+
+    @property
+    def runs_prompts(self) -> bool:
+        """True if the host is run, for directions or for λ."""
+        return self.fades_on_prompts or self.is_auto
 
     @property
     def chosen_target(self) -> float:
@@ -197,7 +211,7 @@ class FixSettings:
     @property
     def is_auto(self) -> bool:
         """True if λ is found by measuring."""
-        return self.strength == AUTO or (self.strength is None and self.chosen_source is Source.PROMPTS)
+        return self.strength == AUTO or (self.strength is None and self.fades_on_prompts)
 
     @property
     def fixed_strength(self) -> float | None:

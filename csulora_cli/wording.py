@@ -214,10 +214,14 @@ def behaviour_note(report: FixReport) -> str:
 
 def legend(report: FixReport) -> list[str]:
     """What the columns of the module table are."""
+    rounding = "moved: ‖X−Δ‖²/‖Δ‖²   error: rounding to the stored dtype, ‖·‖/‖X‖"
     if report.settings["source"] == "prompts":
+        return ["harmful (and look-alikes), benign: ‖ΔC^½‖²/‖Δ‖², before→after (1: any input)", rounding]
+    if "protect" in report.settings:
         return [
-            "harmful (and look-alikes), benign: ‖ΔC^½‖²/‖Δ‖², before→after (1: any input)",
-            "moved: ‖X−Δ‖²/‖Δ‖²   error: rounding to the stored dtype, ‖·‖/‖X‖",
+            "harmful (and look-alikes), benign: ‖ΔVVᵀC^½‖²/‖Δ‖², before→after: what is read",
+            "along V, the displacement's directions; nothing else of the update changes",
+            rounding,
         ]
     tail = ["moved: ‖X−Δ‖²/‖Δ‖²   error: truncation and rounding, ‖·‖/‖X‖"]
     if report.settings["geometry"] == "keep-in":

@@ -143,14 +143,14 @@ def eval_report(repairs: int = 2, **changes: Any) -> EvalReport:
 
 
 METHODS = {
-    OWN: ("prompts", "keep-out", "keep-in"),
+    OWN: ("prompts", "keep-out", "keep-out-protect", "keep-in"),
     "peer": ("safelora-threshold", "safelora-number", "safelora-projector", "lssf", "resta", "s3lora"),
     "control": ("shrink", "random-keep-in", "random-keep-out", "rotated", "benign"),
 }
 
 
 def compare_report(**changes: Any) -> CompareReport:
-    """Fourteen methods at four strengths each; csulora's first has an automatic one."""
+    """Fifteen methods at four strengths each; csulora's first has an automatic one."""
     points = []
     for rank, (family, name) in enumerate((family, name) for family, found in METHODS.items() for name in found):
         for step in range(4):

@@ -169,9 +169,15 @@ def _hooks(model: Any, takers: Mapping[str, Callable[[Tensor], None]]) -> Iterat
 
 
 def fade_on_prompts(
-    host: Path, adapter: Path, file: Path, strength: float, protect: float, answer_tokens: int
+    host: Path,
+    adapter: Path,
+    file: Path,
+    strength: float,
+    protect: float,
+    answer_tokens: int,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """`fade` of every module."""
+    """`fade` of every module, or given bases `fade_along` them."""
     prompts = {label: prompt_ids(host, texts) for label, texts in direction_prompts(file).items()}
     modules = peft_modules(host, adapter)
     ends = [ids[::-1] for ids in (*prompts["harmful"], *prompts["benign"])]
@@ -190,7 +196,11 @@ def fade_on_prompts(
     harmful, benign = sides["harmful"], sides["benign"]
     result = {}
     for name, dense in modules.items():
-        result[name] = fade(dense.update, _moment(harmful[name]), _moment(benign[name]), protect, strength)
+        moments = _moment(harmful[name]), _moment(benign[name])
+        if bases is None:
+            result[name] = fade(dense.update, *moments, protect, strength)
+        else:
+            result[name] = fade_along(bases[name], dense.update, *moments, protect, strength)
     return result
 
 
@@ -198,6 +208,14 @@ def fade(update: Tensor, harmful: Tensor, benign: Tensor, protect: float, streng
     """X = ΔM(M + λ²C_h M⁻¹ C_h)⁻¹ with M = I + βC_b, dense."""
     kept = torch.eye(len(harmful), dtype=torch.float64) + protect * benign
     return update @ kept @ torch.linalg.inv(kept + strength**2 * harmful @ torch.linalg.inv(kept) @ harmful)
+
+
+def fade_along(
+    basis: Tensor, update: Tensor, harmful: Tensor, benign: Tensor, protect: float, strength: float
+) -> Tensor:
+    """`fade` of what an update reads along the columns of V, all inputs projected on them; the rest of it stays."""
+    onto = basis @ basis.mT
+    return update - update @ onto + fade(update @ onto, onto @ harmful @ onto, onto @ benign @ onto, protect, strength)
 
 
 def _moment(tokens: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ FAILURES: dict[str, tuple[Prepare, int, str]] = {
     "subspace rank 0": (_with("--subspace-rank", 0), 2, "--subspace-rank is 0"),
     "both subspaces": (_with("--subspace-rank", 3, "--subspace-energy", 0.5), 2, "exclude each other"),
     "exact rank of keep-out": (_with("--rank", "exact"), 2, "--rank exact applies to --geometry keep-in only"),
-    "protect by weights": (_with("--protect", 1), 2, "--protect applies to the prompts source only"),
+    "protect by keep-in": (_with("--protect", 1, "--geometry", "keep-in"), 2, "--protect does not apply to --geometry"),
     "prompts not read": (_with("--prompts", "prompts.jsonl"), 2, "--prompts is not read by the weights source"),
     "geometry by prompts": (_with("--geometry", "keep-in", by="by_prompts"), 2, "--geometry applies to the weights"),
     "rank by prompts": (_with("--rank", "keep", by="by_prompts"), 2, "--rank applies to the weights source only"),
@@ -389,6 +389,18 @@ def test_a_repair_by_weights(world: World, csulora: Callable[..., Ran]) -> None:
     assert "error" not in ran.err
 
 
+def test_a_repair_by_weights_that_protects_says_what_it_ran(world: World, csulora: Callable[..., Ran]) -> None:
+    ran = csulora("fix", *world.by_weights, "--protect", 0.5, "--prompts", "prompts.jsonl", "--strength", 2)
+    assert ran.code == 3, ran.err  # the tiny host refuses nothing
+    sources = re.search(r"source    (.+)\n {10}(.+)\n", ran.out)
+    assert sources is not None
+    assert re.fullmatch(r"weights, keep-out, k = \d+ to \d+ directions a module", sources[1])
+    assert sources[2] == "prompts, 8 harmful and 8 benign, β = 0.5"
+    assert "λ = 2 (given)" in ran.out
+    assert "along V, the displacement's directions; nothing else of the update changes" in ran.out
+    assert "harmful prompts along the directions of safety alignment" in (world.out / "README.md").read_text()
+
+
 def test_a_repair_by_prompts_says_that_a_gate_failed(world: World, csulora: Callable[..., Ran]) -> None:
     args = world.by_prompts
     args[args.index("--strength") + 1] = "auto"
@@ -502,6 +514,7 @@ def reports(
         "auto": FixSettings(**auto, out=folder / "auto"),
         "unreached": FixSettings(**auto, target=0.0, out=folder / "unreached"),
         "keep-out": FixSettings(**by_weights, strength="auto", prompts=prompts, out=folder / "keep-out"),
+        "protect": FixSettings(**by_weights, protect=1.0, prompts=prompts, out=folder / "protect"),
         "keep-in": FixSettings(**by_weights, geometry=Geometry.KEEP_IN, out=folder / "keep-in"),
     }
     return {name: fix_adapter(wanted) for name, wanted in settings.items()}
@@ -512,7 +525,7 @@ def width(line: str) -> int:
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char) for char in line)
 
 
-@pytest.mark.parametrize("name", ["auto", "unreached", "keep-out", "keep-in"])
+@pytest.mark.parametrize("name", ["auto", "unreached", "keep-out", "protect", "keep-in"])
 def test_every_line_fits_80_columns_but_paths_and_commands(
     name: str,
     reports: dict[str, FixReport],

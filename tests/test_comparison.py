@@ -96,7 +96,7 @@ def test_methods_that_a_convolution_with_groups_has_no_place_for_are_left_out(
     report = compare_methods(make("convolution", adapter=adapter, points=1))
     run = {method.name for method in report.methods}
     assert run == {
-        "prompts", "keep-out", "safelora-threshold", "safelora-number", "s3lora",
+        "prompts", "keep-out", "keep-out-protect", "safelora-threshold", "safelora-number", "s3lora",
         "shrink", "random-keep-out", "rotated", "benign",
     }  # fmt: skip
     assert {point.method for point in report.points} == run
@@ -262,7 +262,7 @@ def test_the_control_of_equal_norm_is_as_large_as_the_first_own_repair(make: Mak
 
 
 def test_solving_in_chunks_gives_the_same_points(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = make(methods="prompts,rotated,benign", points=2)
+    settings = make(methods="prompts,keep-out-protect,rotated,benign", points=2)
     whole = compare_methods(settings)
     monkeypatch.setattr(comparison, "PromptsPath", partial(PromptsPath, budget_bytes=20_000))
     pieces = compare_methods(settings)

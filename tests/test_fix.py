@@ -25,6 +25,12 @@ from csulora_cli.solver.split import Split
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+SOURCES: dict[str, dict[str, Any]] = {
+    "prompts": {},
+    "keep-out": {"unaligned": True, "geometry": Geometry.KEEP_OUT},
+    "keep-out protect": {"unaligned": True, "protect": 1.0},
+    "keep-in": {"unaligned": True, "geometry": Geometry.KEEP_IN},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +48,7 @@ def settings(
         options: dict[str, Any] = {"base": str(hosts("llama")), "out": tmp_path / "work" / "out"}
         if changes.pop("unaligned", False):
             options["unaligned"] = str(hosts("llama", change=0.3))
-        else:
+        if "unaligned" not in options or "protect" in changes:
             options["prompts"] = prompts
         return FixSettings(**{"adapter": str(adapters("llama")), **options, **changes})
 
@@ -125,6 +131,10 @@ def test_counts_add_up(settings: Callable[..., FixSettings]) -> None:
                 "subspace_energy": 0.9,
                 "subspace_rank": None,
             },
+        ),
+        (
+            {"unaligned": True, "protect": 2.0, "strength": 3.0},
+            {"source": "weights", "geometry": "keep-out", "strength": 3.0, "protect": 2.0, "subspace_energy": 0.9},
         ),
         (
             {"unaligned": True, "geometry": Geometry.KEEP_IN, "rank": RankMode.EXACT, "subspace_rank": 5},
@@ -467,26 +477,24 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return patch
 
 
-@pytest.mark.parametrize("source", ["prompts", "keep-out", "keep-in"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_solution_worse_than_the_adapter_is_not_written(
     source: str, spoil: Callable[[float], None], settings: Callable[..., FixSettings]
 ) -> None:
     spoil(3)
-    changes: dict[str, Any] = {} if source == "prompts" else {"unaligned": True, "geometry": Geometry(source)}
-    wanted = settings(strength=1.0, **changes)
+    wanted = settings(strength=1.0, **SOURCES[source])
     with pytest.raises(VerificationError, match="came out worse than it went in") as caught:
         fix_adapter(wanted)
     assert caught.value.exit_code == 1
     assert left_over(wanted) == []
 
 
-@pytest.mark.parametrize("source", ["prompts", "keep-out", "keep-in"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_solution_of_nan_is_not_written(
     source: str, spoil: Callable[[float], None], settings: Callable[..., FixSettings]
 ) -> None:
     spoil(float("nan"))
-    changes: dict[str, Any] = {} if source == "prompts" else {"unaligned": True, "geometry": Geometry(source)}
-    wanted = settings(strength=1.0, **changes)
+    wanted = settings(strength=1.0, **SOURCES[source])
     with pytest.raises((CsuloraError, RuntimeError)):
         fix_adapter(wanted)
     assert left_over(wanted) == []

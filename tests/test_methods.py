@@ -15,10 +15,12 @@ from torch import Tensor
 from csulora_cli import methods
 from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.inputs import Form, Moments
+from csulora_cli.engine.prompts_source import Solver
 from csulora_cli.errors import UsageError
 from csulora_cli.formats.site import Site
 from csulora_cli.methods import REGISTRY, choose, lssf, random_subspace, rotated, s3lora, safelora, safelora_projector
 from csulora_cli.methods.method import (
+    ConfinedMethod,
     DirectionsMethod,
     DisplacementMethod,
     FactorsMethod,
@@ -98,8 +100,15 @@ def run(method: Method, case: Case, strength: float) -> dict[str, Factors]:
     if isinstance(method, DisplacementMethod):
         seen = {module.name: method.observe(module, case.displacements[module.name]) for module in case.modules}
         return method.repair(case.modules, seen, strength)
+    return solver_of(method, case)(case.modules, case.moments, 1.0, strength)
+
+
+def solver_of(method: Method, case: Case) -> Solver:
+    """What solves the modules that read one input."""
+    if isinstance(method, ConfinedMethod):
+        return method.solver({name: found.right for name, found in case.directions.items()})
     assert isinstance(method, MomentsMethod)
-    return method.solve(case.modules, case.moments, 1.0, strength)
+    return method.solve
 
 
 def dense(factors: Factors) -> Tensor:
@@ -135,7 +144,7 @@ def test_every_file_with_methods_is_registered_and_every_name_is_its_own() -> No
 
 def test_the_registry_holds_the_field() -> None:
     assert list(REGISTRY) == [
-        "prompts", "keep-out", "keep-in",
+        "prompts", "keep-out", "keep-out-protect", "keep-in",
         "safelora-threshold", "safelora-number", "safelora-projector", "lssf", "resta", "s3lora",
         "shrink", "random-keep-in", "random-keep-out", "rotated", "benign",
     ]  # fmt: skip
@@ -146,7 +155,7 @@ def test_the_registry_holds_the_field() -> None:
 def test_every_method_fits_its_row_and_says_where_it_comes_from(method: Method) -> None:
     assert len(method.name) <= 18
     assert 0 < len(method.summary) <= 54
-    function = method.solve if isinstance(method, MomentsMethod) else method.repair  # type: ignore[attr-defined]
+    function = solver_of(method, ONE) if methods.needs_moments(method) else method.repair  # type: ignore[attr-defined]
     home = import_module(function.__module__)
     assert home.__doc__
     if method.family is Family.PEER:
@@ -237,6 +246,8 @@ def test_methods_are_chosen_by_name_and_by_what_they_need() -> None:
     assert set(grouped.left_out) == {"keep-in", "safelora-projector", "lssf", "resta", "random-keep-in"}
     with pytest.raises(UsageError, match="names nonsense"):
         choose(("prompts", "nonsense"), has_unaligned=True)
+    blind = choose(None, has_unaligned=True, to_prompts="cannot be run")
+    assert set(blind.left_out) == {"prompts", "keep-out-protect", "rotated", "benign"}
     with pytest.raises(UsageError, match="keep-out needs the unaligned"):
         choose(("keep-out",), has_unaligned=False)
     with pytest.raises(UsageError, match="lssf makes a lora_B"):
@@ -388,6 +399,19 @@ def test_keep_out_fades_on_the_leading_directions(case: Case, strength: float) -
         penalty = kept.mT @ kept * d.shape[1] / d.square().sum()
         want = update(module) @ torch.linalg.inv(torch.eye(d.shape[1], dtype=torch.float64) + strength * penalty)
         assert close(dense(repaired[module.name]), want)
+
+
+@QUICK
+@given(CASES, st.sampled_from([0.5, 4.0, 64.0]))
+def test_keep_out_that_protects_fades_along_the_leading_directions(case: Case, strength: float) -> None:
+    harmful, benign = case.moments.harmful, case.moments.benign
+    if case.moments.form is Form.TOKENS:
+        harmful, benign = harmful @ harmful.mT, benign @ benign.mT
+    repaired = run(REGISTRY["keep-out-protect"], case, strength)
+    for module in case.modules:
+        basis = case.directions[module.name].right.double()
+        want = oracle.fade_along(basis, update(module), harmful, benign, 1.0, strength)
+        assert close(dense(repaired[module.name]), want, size=float(update(module).norm()))
 
 
 def test_keep_in_keeps_the_rank_and_approaches_the_two_sided_projection() -> None:

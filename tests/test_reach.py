@@ -64,8 +64,9 @@ def test_the_prompts_source_refuses_before_it_runs_the_adapter(
     progress, settings = Watcher(), make(modules, out=tmp_path / "out")
     with pytest.raises(HostError, match=f"{COUNTS[modules]} adapted modules run on none of 8 text prompts") as caught:
         fix_adapter(FixSettings(str(tmp_path / "adapter"), **settings), progress)
-    way = "--unaligned with a number for --strength" if modules is TOWER else "--unaligned"
-    assert caught.value.hint == f"The prompts source cannot judge them; use {way}."
+    way = "--unaligned without --protect"
+    way += ", with a number for --strength" if modules is TOWER else ""
+    assert caught.value.hint == f"Prompts cannot judge them; use {way}."
     assert [name for name, _ in progress.stages] == ["adapter", "models", "host"]
     assert not (tmp_path / "out").exists()
 
@@ -110,7 +111,7 @@ def test_compare_leaves_out_what_judges_by_prompts(
     settings = make(MIXED, unaligned=str(hosts("llava", change=0.3)), points=1, answer_tokens=2)
     adapter = str(tmp_path / "adapter")
     report = compare_methods(CompareSettings(adapter, **settings))
-    assert set(report.left_out) == {"prompts", "rotated", "benign"}
+    assert set(report.left_out) == {"prompts", "keep-out-protect", "rotated", "benign"}
     assert set(report.left_out.values()) == {"cannot judge the adapter's modules that run on no text prompt"}
     assert report.warnings[0].startswith("1 of 5 adapted modules run on none of 8 text prompts; all that is measured")
     with pytest.raises(UsageError, match="the method prompts cannot judge the adapter's modules"):

@@ -19,6 +19,7 @@ from torch import Tensor
 from csulora_cli import api
 from csulora_cli.api import fix_adapter
 from csulora_cli.engine import behaviour, inputs, prompts_source
+from csulora_cli.engine.inputs import DirectionPrompts, InputGroup, group_bytes
 from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.report import FixReport
 from csulora_cli.settings import FixSettings, Geometry, RankMode
@@ -55,11 +56,13 @@ SOURCES: dict[str, dict[str, Any]] = {
     "prompts": {"strength": STRENGTH},
     "prompts auto": {"target": 0.5},
     "keep-out": {"strength": STRENGTH},
+    "keep-out protect": {"strength": STRENGTH, "protect": 1.0},
     "keep-in": {"strength": STRENGTH, "geometry": Geometry.KEEP_IN},
     "keep-in exact": {"strength": STRENGTH, "geometry": Geometry.KEEP_IN, "rank": RankMode.EXACT},
 }
-WEIGHT_SOURCES = ("keep-out", "keep-in", "keep-in exact")
-RANK_KEEPING = ("prompts", "prompts auto", "keep-out", "keep-in")
+WEIGHT_SOURCES = ("keep-out", "keep-out protect", "keep-in", "keep-in exact")
+PROMPT_SOURCES = ("prompts", "prompts auto", "keep-out protect")
+RANK_KEEPING = (*PROMPT_SOURCES, "keep-out", "keep-in")
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +79,7 @@ def fix(hosts: Callable[..., Path], uneven: Path, tmp_path: Path) -> Callable[..
         options = dict(SOURCES[source])
         if source in WEIGHT_SOURCES:
             options["unaligned"] = str(hosts(kind, seed=7))
-        else:
+        if source in PROMPT_SOURCES:
             options["prompts"] = uneven
         options.update(changes)
         folder = tmp_path / out
@@ -98,17 +101,27 @@ def dense_inputs() -> Callable[..., dict[str, Tensor]]:
 
 
 def promised(
-    host: Path, unaligned: Path, adapter: Path, file: Path, source: str, strength: float, energy: float = 0.9
+    host: Path,
+    unaligned: Path,
+    adapter: Path,
+    file: Path,
+    source: str,
+    strength: float,
+    energy: float = 0.9,
+    rank: int | None = None,
 ) -> dict[str, Tensor]:
     if source.startswith("prompts"):
         return oracle.fade_on_prompts(host, adapter, file, strength, 1.0, PROTECTED_TOKENS)
     modules = oracle.peft_modules(host, adapter)
     aligned, other = oracle.weights(host, modules), oracle.weights(unaligned, modules)
+    displacements = {name: aligned[name] - other[name] for name in modules}
+    if source == "keep-out protect":
+        bases = {name: oracle.leading(displacement, energy, rank)[2] for name, displacement in displacements.items()}
+        return oracle.fade_on_prompts(host, adapter, file, strength, 1.0, PROTECTED_TOKENS, bases)
     result = {}
     for name, dense in modules.items():
-        displacement = aligned[name] - other[name]
         solve = oracle.keep_out if source == "keep-out" else oracle.keep_in
-        result[name] = solve(dense.update, displacement, strength, energy, None)
+        result[name] = solve(dense.update, displacements[name], strength, energy, rank)
         if source == "keep-in":
             result[name] = oracle.truncated(result[name], dense.lora_a.shape[0])
     return result
@@ -155,7 +168,7 @@ def test_written_adapter_loads_everywhere_and_merges_to_the_promised_update(
     assert_transformers_agrees_with_peft(hosts(host), out)
     if source in RANK_KEEPING:
         assert_same_layout(adapter, out)
-    if source in ("prompts", "prompts auto", "keep-out"):
+    if source in (*PROMPT_SOURCES, "keep-out"):
         before, after = tensors_of(adapter), tensors_of(out)
         assert all(same_bits(before[key], after[key]) for key in before if ".lora_B." in key)
 
@@ -286,6 +299,9 @@ def test_tiny_memory_budget_gives_the_same_update(
     assert len(stages) > 1
     wanted = promised(hosts(host), hosts(host), adapters(host), uneven, "prompts", STRENGTH)
     assert_merges_to(hosts(host), out, wanted)
+    out, _ = fix(host, adapters(host), "keep-out protect", out="protect")
+    wanted = promised(hosts(host), hosts(host, seed=7), adapters(host), uneven, "keep-out protect", STRENGTH)
+    assert_merges_to(hosts(host), out, wanted)
 
     auto, auto_report = fix(host, adapters(host), "prompts auto", out="auto")
     monkeypatch.setattr(api, "PromptsPath", PromptsPath)
@@ -294,11 +310,38 @@ def test_tiny_memory_budget_gives_the_same_update(
     assert (auto / WEIGHTS).read_bytes() == (roomy / WEIGHTS).read_bytes()
 
 
+def test_moments_along_the_directions_count_in_the_budget(
+    hosts: Callable[..., Path],
+    adapters: Callable[..., Path],
+    fix: Callable[..., tuple[Path, FixReport]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chunks: list[int] = []
+    collect = prompts_source.collect_moments
+
+    def all_at_once(host: Any, groups: list[InputGroup], prompts: DirectionPrompts, *rest: Any) -> Any:
+        chunks.append(sum(group_bytes(group, prompts.tokens) for group in groups))
+        return collect(host, groups, prompts, *rest)
+
+    monkeypatch.setattr(prompts_source, "collect_moments", all_at_once)
+    fix("llama", adapters("llama"), "prompts")
+    (whole,) = chunks
+    monkeypatch.setattr(api, "PromptsPath", partial(PromptsPath, budget_bytes=whole))
+    fix("llama", adapters("llama"), "prompts", out="prompts")
+    assert chunks == [whole, whole]
+    monkeypatch.setattr(inputs, "collect_moments", all_at_once)
+    fix("llama", adapters("llama"), "keep-out protect", out="protect")
+    assert max(chunks[2:]) < whole
+    assert sum(chunks[2:]) == whole
+
+
 @pytest.mark.parametrize("host", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("budget", [1, 10**9])
+@pytest.mark.parametrize("source", ["prompts", "keep-out protect"])
 def test_keeping_tokens_gives_the_same_update_as_keeping_moments(
     host: str,
     budget: int,
+    source: str,
     hosts: Callable[..., Path],
     adapters: Callable[..., Path],
     uneven: Path,
@@ -307,8 +350,9 @@ def test_keeping_tokens_gives_the_same_update_as_keeping_moments(
 ) -> None:
     monkeypatch.setattr(api, "PromptsPath", partial(PromptsPath, budget_bytes=budget))
     monkeypatch.setattr(inputs, "uses_tokens", lambda _group, _tokens: True)
-    out, _ = fix(host, adapters(host), "prompts")
-    assert_merges_to(hosts(host), out, promised(hosts(host), hosts(host), adapters(host), uneven, "prompts", STRENGTH))
+    out, _ = fix(host, adapters(host), source)
+    wanted = promised(hosts(host), hosts(host, seed=7), adapters(host), uneven, source, STRENGTH)
+    assert_merges_to(hosts(host), out, wanted)
 
 
 def test_few_tokens_take_the_woodbury_form_by_themselves(
@@ -386,21 +430,17 @@ def test_subspace_is_the_one_asked_for(
     options: dict[str, Any],
     hosts: Callable[..., Path],
     adapters: Callable[..., Path],
+    uneven: Path,
     fix: Callable[..., tuple[Path, FixReport]],
 ) -> None:
     host, unaligned, adapter = hosts("gpt2"), hosts("gpt2", seed=7), adapters("gpt2", **KINDS["odd"])
     out, report = fix("gpt2", adapter, source, **options)
+    energy, rank = options.get("subspace_energy", 0.9) - 1e-9, options.get("subspace_rank")
+    assert_merges_to(host, out, promised(host, unaligned, adapter, uneven, source, STRENGTH, energy, rank))
     modules = oracle.peft_modules(host, adapter)
     aligned, other = oracle.weights(host, modules), oracle.weights(unaligned, modules)
-    wanted = {}
-    for name, dense in modules.items():
-        solve = oracle.keep_out if source == "keep-out" else oracle.keep_in
-        energy, rank = options.get("subspace_energy", 0.9) - 1e-9, options.get("subspace_rank")
-        update = solve(dense.update, aligned[name] - other[name], STRENGTH, energy, rank)
-        wanted[name] = oracle.truncated(update, 3) if source == "keep-in" else update
-        kept = oracle.leading(aligned[name] - other[name], energy, rank)[1]
-        assert next(module.directions for module in report.modules if module.name == name) == len(kept)
-    assert_merges_to(host, out, wanted)
+    kept = {name: len(oracle.leading(aligned[name] - other[name], energy, rank)[1]) for name in modules}
+    assert {module.name: module.directions for module in report.modules} == kept
 
 
 def test_sharded_hosts_give_the_same_update(

@@ -62,6 +62,19 @@ def test_defaults_of_the_weights_source() -> None:
     assert settings.chosen_geometry is DEFAULT_GEOMETRY is Geometry.KEEP_OUT
     assert settings.chosen_rank is RankMode.KEEP
     assert settings.chosen_energy == DEFAULT_SUBSPACE_ENERGY
+    assert settings.chosen_protect == 0
+    assert not settings.fades_on_prompts
+    assert not settings.runs_prompts
+
+
+def test_keep_out_that_protects_runs_prompts_and_finds_its_strength() -> None:
+    settings = FixSettings("a", **WEIGHTS, protect=0.5, prompts=Path("p.jsonl"))
+    assert settings.chosen_source is Source.WEIGHTS
+    assert settings.fades_on_prompts
+    assert settings.runs_prompts
+    assert settings.is_auto
+    assert FixSettings("a", **WEIGHTS, protect=0.5, prompts=Path("p.jsonl"), strength=2.0).fixed_strength == 2.0
+    assert not FixSettings("a", **WEIGHTS, protect=0.0).runs_prompts
 
 
 @pytest.mark.parametrize("strength", [0, 0.0, 1, 2.5, MAX_STRENGTH])
@@ -112,9 +125,10 @@ def test_values_out_of_range_are_refused(given: dict[str, Any], option: str) -> 
     ("given", "option"),
     [
         ({"source": Source.WEIGHTS}, "--source weights"),
-        ({**WEIGHTS, "protect": 1.0}, "--protect"),
+        ({**WEIGHTS, "protect": 1.0, "geometry": Geometry.KEEP_IN}, "--protect"),
         ({**WEIGHTS, "prompts": Path("p")}, "--prompts"),
         ({**WEIGHTS, "prompts": Path("p"), "strength": 2.0}, "--prompts"),
+        ({**WEIGHTS, "prompts": Path("p"), "protect": 0.0}, "--prompts"),
         ({"source": Source.PROMPTS, **WEIGHTS}, "--unaligned"),
         ({"geometry": Geometry.KEEP_IN}, "--geometry"),
         ({"subspace_energy": 0.5}, "--subspace-energy"),

@@ -29,9 +29,9 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAME,…",
-            help="Of csulora: prompts, keep-out, keep-in. Peers: safelora-threshold, safelora-number, "
-            "safelora-projector, lssf, resta, s3lora. Controls: shrink, random-keep-in, random-keep-out, rotated, "
-            "benign. Default: all that the inputs allow.",
+            help="Of csulora: prompts, keep-out, keep-out-protect, keep-in. Peers: safelora-threshold, "
+            "safelora-number, safelora-projector, lssf, resta, s3lora. Controls: shrink, random-keep-in, "
+            "random-keep-out, rotated, benign. Default: all that the inputs allow.",
             rich_help_panel=_COMPARED,
         ),
     ] = None,

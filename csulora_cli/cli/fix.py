@@ -63,7 +63,7 @@ def fix(
         typer.Option(
             metavar="auto|FLOAT",
             help="λ. auto: the smallest at which answers to harmful prompts begin as the host's. 0: change nothing. "
-            "Default: auto; with --unaligned a fixed value that runs no model.",
+            "Default: auto; with --unaligned alone a fixed value that runs no model.",
             rich_help_panel=_STRENGTH,
         ),
     ] = None,
@@ -71,7 +71,8 @@ def fix(
         float | None,
         typer.Option(
             metavar="FLOAT",
-            help="Prompts source: β, how much to hold on to what the adapter does on benign prompts. Default: 1.",
+            help="β: how much to hold on to what the adapter does on benign prompts. With keep-out, prompts then tell "
+            "which directions fade. Default: 1; with --unaligned 0.",
             rich_help_panel=_STRENGTH,
         ),
     ] = None,
@@ -221,24 +222,28 @@ def _head(report: FixReport) -> list[tuple[str, str]]:
         rows.append(("unaligned", names["unaligned"]))
     rows += [("" if place else "rewritten", line) for place, line in enumerate(report.conversions)]
     rows += [("carried" if not place else "", line) for place, line in enumerate(wording.carried_lines(report))]
-    rows.append(("source", _source_line(report)))
+    source, *more = _source_lines(report)
+    rows += [("source", source), *(("", line) for line in more)]
     first, *more = wording.strength_lines(report)
     rows += [("strength", first), *(("", line) for line in more)]
     rows.append(("moved", f"by {wording.percent(report.moved)} of the update's energy, ‖X−Δ‖²/‖Δ‖²"))
     return rows
 
 
-def _source_line(report: FixReport) -> str:
+def _source_lines(report: FixReport) -> list[str]:
     used = report.settings
-    if used["source"] == "prompts":
+    lines = []
+    if used["source"] == "weights":
+        directions = [module.directions or 0 for module in report.modules]
+        held = f"k = {min(directions)} to {max(directions)}"
+        lines.append(f"weights, {used['geometry']}, {held} directions a module")
+    if "protect" in used:
         counts = report.prompt_counts["directions"]
         lookalikes = f", {counts['lookalikes']} look-alikes" if counts["lookalikes"] else ""
-        return (
+        lines.append(
             f"prompts, {counts['harmful']} harmful{lookalikes} and {counts['benign']} benign, β = {used['protect']:g}"
         )
-    directions = [module.directions or 0 for module in report.modules]
-    held = f"k = {min(directions)} to {max(directions)}"
-    return f"weights, {used['geometry']}, {held} directions a module"
+    return lines
 
 
 def _next_command(report: FixReport, settings: FixSettings, folder: str) -> str:

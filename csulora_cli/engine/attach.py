@@ -155,7 +155,7 @@ def _check_two_sided(places: Mapping[str, Place]) -> None:
             raise HostError(
                 f"'{printable(place.weight)}' is {what} of an encoder-decoder model: what it reads of which token "
                 "cannot be told",
-                "The prompts source cannot repair it; use --unaligned.",
+                "The prompts source cannot repair it; use --unaligned without --protect.",
             )
 
 
@@ -168,7 +168,7 @@ def _once(places: Mapping[str, Place], take: Take) -> Take:
             raise HostError(
                 f"'{printable(places[name].module)}' runs several times on one prompt, which csulora cannot follow in "
                 "an encoder-decoder model",
-                "The prompts source cannot repair this module; use --unaligned.",
+                "The prompts source cannot repair this module; use --unaligned without --protect.",
             )
         seen.add(name)
         take(name, inputs)
@@ -196,7 +196,7 @@ def checking_lookups(model: nn.Module, places: Iterable[Place]) -> Iterator[None
         if not is_lookup:
             raise HostError(
                 f"'{printable(names[module])}' is an embedding of something else than what it is called with",
-                "The prompts source cannot repair this module; use --unaligned.",
+                "The prompts source cannot repair this module; use --unaligned without --protect.",
             )
 
     names = {submodule(model, place.module): place.module for place in places if place.kind is Kind.EMBEDDING}
@@ -239,7 +239,7 @@ def _side_of(place: Place, shape: torch.Size, sides: Sequence[Tensor]) -> Tensor
         raise HostError(
             f"'{printable(place.module)}' reads an input of shape {tuple(shape)} where the tokens have {wanted}: what "
             "it reads of which token cannot be told",
-            "The prompts source cannot repair this module; use --unaligned.",
+            "The prompts source cannot repair this module; use --unaligned without --protect.",
         )
     return found
 
@@ -251,7 +251,7 @@ def _weighted(place: Place, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tens
         raise HostError(
             f"'{printable(place.module)}' reads {len(rows)} rows where the batch has {len(counts)} tokens: what it "
             "reads of which token cannot be told",
-            "The prompts source cannot repair this module; use --unaligned.",
+            "The prompts source cannot repair this module; use --unaligned without --protect.",
         )
     keep = counts > 0
     return rows[keep], counts[keep].sqrt()
@@ -263,14 +263,14 @@ def _patches(module: Any, inputs: Tensor, place: Place, weights: Tensor) -> Tens
     if inputs.ndim != 3 or inputs.shape[0] != batch or inputs.shape[2] != tokens or module.stride[0] != 1:
         raise HostError(
             f"'{printable(place.module)}' is a convolution that does not run along the tokens",
-            "The prompts source cannot repair this module; use --unaligned.",
+            "The prompts source cannot repair this module; use --unaligned without --protect.",
         )
     padded = functional.pad(inputs, module._reversed_padding_repeated_twice)
     windows = padded.unfold(2, module.kernel_size[0], 1)  # (B, in, T', kernel)
     if windows.shape[2] < tokens:
         raise HostError(
             f"'{printable(place.module)}' is a convolution that gives fewer outputs than there are tokens",
-            "The prompts source cannot repair this module; use --unaligned.",
+            "The prompts source cannot repair this module; use --unaligned without --protect.",
         )
     return windows[:, :, :tokens].movedim(1, 2).flatten(2)
 
@@ -370,7 +370,7 @@ class _Products(TorchFunctionMode):
         elif len(rows) != len(counts):
             raise HostError(
                 f"which tokens '{printable(self.places[name].weight)}' reads cannot be told",
-                "The prompts source cannot repair this parameter; use --unaligned.",
+                "The prompts source cannot repair this parameter; use --unaligned without --protect.",
             )
         keep = counts > 0
         self.take(name, DenseInputs(rows[keep].float() * counts[keep].sqrt()[:, None]))

@@ -74,17 +74,19 @@ def prompt_effects(
     protect: float,
     strength: float,
     progress: Progress,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> list[Effect]:
     """Effects of a prompts repair on the direction prompts: energies `harmful` and `benign`.
 
-    harmful is ‖Δ C_h^½‖² / ‖Δ‖²: 1 means "as strong on harmful prompts as on any input of the same size".
+    harmful is ‖Δ C_h^½‖² / ‖Δ‖²: 1 means "as strong on harmful prompts as on any input of the same size". With bases V
+    (`prompts_source.Confined`), both are of what the updates read along V: VVᵀx in the place of every input x.
     """
     by_name = {site.name: site for site in sites}
     progress.stage("check", len(prompts.harmful.tokens) + len(prompts.benign.tokens))
 
     def run(side: Side) -> dict[str, _Gram]:
         return host.batch_size.restarting(
-            lambda tell: _Grams(host, groups, by_name, repaired).run(side, tell), progress.advance
+            lambda tell: _Grams(host, groups, by_name, repaired, bases or {}).run(side, tell), progress.advance
         )
 
     grams = {"harmful": run(prompts.harmful), "benign": run(prompts.benign)}
@@ -138,15 +140,15 @@ class _Grams:
         groups: Sequence[InputGroup],
         sites: Mapping[str, Site],
         repaired: Mapping[str, Factors],
+        bases: Mapping[str, Tensor],
     ) -> None:
         self.host = host
         self.groups = groups
         self.squared_total = dict.fromkeys(groups, 0.0)
         self.rows = {
             name: [
-                site.lora_a.to(host.device, torch.float32),
-                repaired[name].lora_a.to(host.device, torch.float32),
-                (repaired[name].lora_a.double() - site.lora_a.double()).to(host.device, torch.float32),
+                _along(rows, bases.get(name)).to(host.device, torch.float32)
+                for rows in (site.lora_a, repaired[name].lora_a, repaired[name].lora_a.double() - site.lora_a.double())
             ]
             for name, site in sites.items()
         }
@@ -175,6 +177,11 @@ class _Grams:
                     self.sums[name][index] += (inner.mT @ inner).cpu().double()
 
         return add
+
+
+def _along(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """What rows of A, (r, in), read of V, (in, k): A V Vᵀ; all that they read where there is no V."""
+    return rows if basis is None else rows.double() @ basis.double() @ basis.double().mT
 
 
 def weight_effects(

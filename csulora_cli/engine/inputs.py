@@ -81,6 +81,7 @@ class Moments:
     _shared: dict[float, tuple[Tensor | None, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _along: dict[str, tuple[Tensor, "Moments"]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "Moments":
         """The same on a device."""
@@ -93,6 +94,26 @@ class Moments:
             benign = definite(self.benign, protect)
             self._shared[protect] = benign, contrast(self.harmful, benign, protect)
         return self._shared[protect]
+
+    def along(self, name: str, basis: Tensor) -> "Moments":
+        """The same of Vᵀx in the place of x, not scaled again; the last one for a name is kept.
+
+        Args:
+            name: of the site whose V it is.
+            basis: V, (in, k), orthonormal columns.
+        """
+        known = self._along.get(name)
+        if known is None or known[0] is not basis:
+            wide = basis.to(self.harmful)
+            harmful, benign = (self._projected(side, wide) for side in (self.harmful, self.benign))
+            form = Form.TOKENS if self.form is Form.TOKENS else Form.MOMENT
+            known = self._along[name] = basis, Moments(harmful, benign, form)
+        return known[1]
+
+    def _projected(self, side: Tensor, basis: Tensor) -> Tensor:
+        if self.form is Form.TOKENS:
+            return basis.mT @ side
+        return basis.mT @ (side @ basis if self.form is Form.MOMENT else side[:, None] * basis)
 
 
 @dataclass(frozen=True)
@@ -248,7 +269,7 @@ def _check_not_shared(model: nn.Module, parameters: Set[str]) -> None:
 def _unseen(weight: str) -> HostError:
     return HostError(
         f"how '{printable(weight)}' is multiplied cannot be seen in this host",
-        "The prompts source cannot repair this parameter; use --unaligned.",
+        "The prompts source cannot repair this parameter; use --unaligned without --protect.",
     )
 
 

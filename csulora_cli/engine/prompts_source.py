@@ -1,9 +1,13 @@
-"""Source "prompts": the closest updates that fade on what the host reads in harmful prompts."""
+"""Source "prompts": the closest updates that fade on what the host reads in harmful prompts.
 
-from collections.abc import Callable, Iterable, Sequence
+`Confined` lets them change on some directions of their inputs alone, for keep-out that protects.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.host import Host, solver_device
@@ -52,14 +56,49 @@ def closest(members: Sequence[Site], moments: Moments, protect: float, strength:
         A' in float32, B as stored, by site name.
     """
     stacked = torch.cat([site.lora_a.to(moments.harmful.device, torch.float64) for site in members])  # (Σr, in)
+    solved = _faded(stacked, moments, protect, strength).float().cpu()
+    pieces = torch.split(solved, [site.rank for site in members])
+    return {site.name: replace(Factors.of(site), lora_a=piece) for site, piece in zip(members, pieces, strict=True)}
+
+
+class Confined:
+    """`closest` for updates that may change on a subspace of their inputs alone: what A reads of V fades as there.
+
+    A' = A + (f(A V) − A V) Vᵀ,   f: `closest` with VᵀC_hV and VᵀC_bV,   B' = B
+    """
+
+    def __init__(self, bases: Mapping[str, Tensor]) -> None:
+        """Take V by name of the site, (in, k), orthonormal columns; with k = 0 the site stays as it is."""
+        self.bases = bases
+
+    def __call__(
+        self, members: Sequence[Site], moments: Moments, protect: float, strength: float
+    ) -> dict[str, Factors]:
+        """A `Solver`; each site is solved on its own."""
+        return {site.name: self._closest(site, moments, protect, strength) for site in members}
+
+    def _closest(self, site: Site, moments: Moments, protect: float, strength: float) -> Factors:
+        own = self.bases[site.name]
+        if own.shape[1] == 0:
+            return Factors.of(site)
+        basis, lora_a = own.to(moments.harmful), site.lora_a.to(moments.harmful)
+        along = lora_a @ basis  # (r, k)
+        change = _faded(along, moments.along(site.name, own), protect, strength) - along
+        return replace(Factors.of(site), lora_a=(lora_a + change @ basis.mT).float().cpu())
+
+    def own_bytes(self, groups: Sequence[InputGroup], tokens: tuple[int, int]) -> int:
+        """Memory that the moments along V take beside those of the inputs."""
+        widths = ((group, self.bases[name].shape[1]) for group in groups for name in group.members)
+        return sum(group_bytes(replace(group, features=width), tokens) for group, width in widths)
+
+
+def _faded(lora_a: Tensor, moments: Moments, protect: float, strength: float) -> Tensor:
+    """A' of stacked A's, (Σr, in), by the closed form that fits the moments."""
     if moments.form is Form.MOMENT:
         benign, contrasted = moments.shared(protect)
-        solved = by_moments(stacked, moments.harmful, benign, protect, strength, contrasted)
-    else:
-        solve = by_tokens if moments.form is Form.TOKENS else by_diagonal
-        solved = solve(stacked, moments.harmful, moments.benign, protect, strength)
-    pieces = torch.split(solved.float().cpu(), [site.rank for site in members])
-    return {site.name: replace(Factors.of(site), lora_a=piece) for site, piece in zip(members, pieces, strict=True)}
+        return by_moments(lora_a, moments.harmful, benign, protect, strength, contrasted)
+    solve = by_tokens if moments.form is Form.TOKENS else by_diagonal
+    return solve(lora_a, moments.harmful, moments.benign, protect, strength)
 
 
 class PromptsPath:
@@ -89,6 +128,9 @@ class PromptsPath:
         self._solved: dict[tuple[Solver, float], dict[str, Factors]] = {}
         self._host, self._prompts, self._progress = host, prompts, progress
         self._wanted = [(solver, strength) for solver in solvers for strength in strengths]
+        shared = self._size(sum)
+        own = sum(solver.own_bytes(self.groups, prompts.tokens) for solver in solvers if isinstance(solver, Confined))
+        budget_bytes = budget_bytes * shared // (shared + own) if own else budget_bytes
         while not self._is_prepared(budget_bytes):
             budget_bytes = self._relieved(budget_bytes)
             release_memory()
@@ -148,7 +190,7 @@ class PromptsPath:
         if acting := [site.name for site in idle if not site.is_zero]:
             raise HostError(
                 f"{len(acting)} of {len(self.sites)} adapted modules do not run on a text prompt: {some(acting, 2)}",
-                "The prompts source cannot judge them; use --unaligned.",
+                "Prompts cannot judge them; use --unaligned without --protect.",
             )
         return {site.name: Factors.of(site) for site in idle}
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 PLACES_PER_OCTAVE = 2
 PATH = tuple(float(f"{2 ** (step / PLACES_PER_OCTAVE):.3g}") for step in range(-8, 29))
 
-# Where the limit is out of reach, λ beyond the point at which KL levels off only moves the update further.
-PLATEAU = 1.05
+# Where the limit is out of reach, λ beyond the point at which KL levels off costs more than it gains.
+PLATEAU = 1.2
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from csulora_cli.methods import (
     safelora_projector,
     shrink,
 )
-from csulora_cli.methods.method import DirectionsMethod, DisplacementMethod, Method, MomentsMethod
+from csulora_cli.methods.method import ConfinedMethod, DirectionsMethod, DisplacementMethod, Method, MomentsMethod
 from csulora_cli.text import printable
 
 _FILES = (
@@ -34,7 +34,12 @@ REGISTRY: dict[str, Method] = {method.name: method for file in _FILES for method
 
 def needs_displacement(method: Method) -> bool:
     """Whether a method can only run with the unaligned checkpoint."""
-    return isinstance(method, (DirectionsMethod, DisplacementMethod))
+    return isinstance(method, (DirectionsMethod, DisplacementMethod, ConfinedMethod))
+
+
+def needs_moments(method: Method) -> bool:
+    """Whether a method can only run where prompts show what the modules read."""
+    return isinstance(method, (MomentsMethod, ConfinedMethod))
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,6 @@ def _obstacle(method: Method, has_unaligned: bool, has_groups: bool, to_prompts:
     if has_groups and not method.keeps_blocks:
         reason = "makes a lora_B for which the adapter's convolutions with groups have no place"
         return reason, "Leave it out of --methods."
-    if to_prompts is not None and isinstance(method, MomentsMethod):
+    if to_prompts is not None and needs_moments(method):
         return to_prompts, "Leave it out of --methods."
     return None

@@ -117,6 +117,17 @@ class MomentsMethod(Method):
     reads_harmful: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConfinedMethod(Method):
+    """Needs the moments of a `MomentsMethod`, and the displacement's directions of every module.
+
+    Attributes:
+        solver: V by module name, (in, k) -> the factors of the modules that read one input.
+    """
+
+    solver: Callable[[Mapping[str, Tensor]], Solver]
+
+
 def logarithmic(low: float, high: float) -> Grid:
     """Strengths with equal ratios from `low` to `high`, to three digits."""
 

@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "keep-out": {"geometry": Geometry.KEEP_OUT},
     "keep-out auto": {"geometry": Geometry.KEEP_OUT, "strength": "auto"},
     "keep-out full": {"geometry": Geometry.KEEP_OUT, "strength": "auto", "subspace_energy": 1.0},
+    "keep-out protect": {"geometry": Geometry.KEEP_OUT, "protect": 1.0},
     "keep-in": {"geometry": Geometry.KEEP_IN},
     "keep-in auto": {"geometry": Geometry.KEEP_IN, "strength": "auto"},
 }
@@ -39,6 +40,7 @@ LABELS = {
     "keep-out": "weights, keep-out, fixed λ (no prompts)",
     "keep-out auto": "weights, keep-out, auto",
     "keep-out full": "weights, keep-out, auto, τ = 1",
+    "keep-out protect": "weights, keep-out, auto, β = 1",
     "keep-in": "weights, keep-in, fixed λ (no prompts)",
     "keep-in auto": "weights, keep-in, auto",
     "shrink": "uniform shrink, norm as prompts",
