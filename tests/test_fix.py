@@ -17,7 +17,7 @@ import csulora_cli
 from csulora_cli import api
 from csulora_cli.api import fix_adapter
 from csulora_cli.engine import behaviour, prompts_source, weights_source
-from csulora_cli.engine.strength import PATH, PLATEAU
+from csulora_cli.engine.strength import PATH
 from csulora_cli.errors import CsuloraError, HostError, ResourceError, VerificationError
 from csulora_cli.report import FixReport
 from csulora_cli.settings import FixSettings, Geometry, RankMode
@@ -352,8 +352,11 @@ def test_a_limit_that_no_strength_meets_fails_a_gate(settings: Callable[..., Fix
     assert report.strength.is_reached is False
     path = report.strength.path
     assert path[-1].strength == PATH[-1]
-    level = [point.strength for point in path if point.harmful_kl <= PLATEAU * path[-1].harmful_kl]
-    assert report.strength.value == level[0]
+    adapter_kl, level = report.strength.adapter_kl, path[-1].harmful_kl
+    assert adapter_kl is not None
+    assert report.strength.value < PATH[-1]
+    levelled_off = adapter_kl - 0.98 * (adapter_kl - level)
+    assert report.strength.value == next(point.strength for point in path if point.harmful_kl <= levelled_off)
     assert report.exit_code == 3
     assert any(f"no λ up to {PATH[-1]:g}" in gate for gate in report.failed_gates)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,11 +14,13 @@ from csulora_cli.settings import FixSettings
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.mark.parametrize("source", ["prompts", "weights"])
+@pytest.mark.parametrize("source", ["prompts", "weights", "weights with prompts"])
 def test_cuda_and_cpu_find_the_same_update(
     source: str, hosts: Callable[..., Path], adapters: Callable[..., Path], prompts: Path, tmp_path: Path
 ) -> None:
-    options = {"prompts": prompts} if source == "prompts" else {"unaligned": str(hosts("llama", seed=7))}
+    options: dict[str, Any] = {} if source == "prompts" else {"unaligned": str(hosts("llama", seed=7))}
+    if source != "weights":
+        options |= {"prompts": prompts, "protect": 1.0}
     found = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / device

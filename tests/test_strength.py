@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csulora_cli.engine.strength import PATH, PLATEAU, PathPoint, Search, smallest_strength
+from csulora_cli.engine.strength import PATH, PathPoint, Search, smallest_strength
 
 QUICK = settings(max_examples=50, deadline=None)
+ADAPTER_KL = 10.0
 
 
 def search(curve: list[float], limit: float) -> tuple[Search, list[float]]:
@@ -21,7 +22,12 @@ def search(curve: list[float], limit: float) -> tuple[Search, list[float]]:
         tried.append(strength)
         return PathPoint(strength, curve[PATH.index(strength)], 0.0, 0.0)
 
-    return smallest_strength(try_strength, limit), tried
+    return smallest_strength(try_strength, limit, ADAPTER_KL), tried
+
+
+def plateau(level: float) -> float:
+    """The KL to which a λ must come down where the limit is out of reach: 98 % of the way from the adapter's."""
+    return ADAPTER_KL - 0.98 * (ADAPTER_KL - level)
 
 
 CURVES = st.lists(st.floats(0, 10), min_size=len(PATH), max_size=len(PATH)).map(lambda kl: sorted(kl, reverse=True))
@@ -33,7 +39,7 @@ def test_bisection_finds_what_a_linear_scan_finds(curve: list[float], limit: flo
     found, _ = search(curve, limit)
     good = [strength for strength, kl in zip(PATH, curve, strict=True) if kl <= limit]
     assert found.is_reached == bool(good)
-    level = [strength for strength, kl in zip(PATH, curve, strict=True) if kl <= PLATEAU * curve[-1]]
+    level = [strength for strength, kl in zip(PATH, curve, strict=True) if kl <= plateau(curve[-1]) + 1e-9]
     assert found.chosen.strength == (good or level)[0]
     assert found.chosen.harmful_kl == curve[PATH.index(found.chosen.strength)]
     assert found.limit == limit
@@ -48,7 +54,7 @@ def test_what_is_found_is_what_plain_bisection_finds(curve: list[float], limit: 
         return bisect.bisect_left(curve, True, key=lambda kl: kl <= bound)
 
     place = first_within(limit)
-    assert found.chosen.strength == PATH[first_within(PLATEAU * curve[-1]) if place == len(PATH) else place]
+    assert found.chosen.strength == PATH[first_within(plateau(curve[-1]) + 1e-9) if place == len(PATH) else place]
 
 
 @pytest.mark.parametrize("power", [0.85, 1.0, 1.5, 2.0, 3.0, 4.0])

@@ -61,6 +61,6 @@ def find_strength(
             benign_kl = judge.benign_kl(repaired(point.strength))
         return PathRecord(point.strength, point.harmful_kl, benign_kl, point.moved)
 
-    found = smallest_strength(try_strength, limit)
+    found = smallest_strength(try_strength, limit, judge.adapter_kl)
     points = tuple(map(record, found.points))
     return StrengthRecord(found.chosen.strength, True, found.is_reached, limit, judge.adapter_kl, points)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 PLACES_PER_OCTAVE = 2
 PATH = tuple(float(f"{2 ** (step / PLACES_PER_OCTAVE):.3g}") for step in range(-8, 29))
 
-# Where the limit is out of reach, λ beyond the point at which KL levels off costs more than it gains.
-PLATEAU = 1.2
+# Where the limit is out of reach, the smallest λ is taken that lowers KL by this share of what the strongest one does:
+# beyond the point at which KL levels off λ costs more than it gains.
+LEVELLED_OFF = 0.98
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Search:
 
     Attributes:
         chosen: the point that was taken.
-        is_reached: whether it meets the limit; if not, it is the smallest λ whose KL is at most `PLATEAU` times that of
-            the strongest one.
+        is_reached: whether it meets the limit; if not, it is the smallest λ that lowers KL by `LEVELLED_OFF` of what
+            the strongest one does.
         limit: the KL that had to be met, nats.
         points: every λ that was tried, ascending.
     """
@@ -48,8 +49,8 @@ class Search:
     points: tuple[PathPoint, ...]
 
 
-def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float) -> Search:
-    """Search `PATH` for the smallest λ whose harmful KL is at most `limit`.
+def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float, adapter_kl: float) -> Search:
+    """Search `PATH` for the smallest λ whose harmful KL is at most `limit`; `adapter_kl` is that of λ = 0.
 
     KL falls along the path up to noise, so a point that meets the limit bounds the answer from above, and one that does
     not bounds it from below: on a falling curve any order of tries finds what a scan of the whole path would. Tries
@@ -87,10 +88,15 @@ def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float) 
     if found == len(PATH):
         strongest = len(PATH) - 1
         level = point(strongest).harmful_kl
-        found = min(first_within(PLATEAU * level, level), strongest)
+        found = min(first_within(levelled_off(level, adapter_kl), level), strongest)
     chosen = point(found)
     is_reached = chosen.harmful_kl <= limit  # on a noisy curve the second search can find what the first one missed
     return Search(chosen, is_reached, limit, tuple(tried[index] for index in sorted(tried)))
+
+
+def levelled_off(level: float, adapter_kl: float) -> float:
+    """The KL below which a larger λ gains little, from the KL of the strongest λ and of λ = 0."""
+    return level + (1 - LEVELLED_OFF) * max(adapter_kl - level, 0.0)
 
 
 def _crossing(
