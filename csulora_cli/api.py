@@ -165,7 +165,7 @@ class _Fix:
             found = effects.prompt_effects(
                 host, self.sites, path.groups, stored, directions, protect, record.value, self.progress, bases
             )
-            self._tell_unreached(found)
+            self._tell_unreached([each for each in found if bases is None or bases[each.name].shape[1]])
             return found
 
         return _Solution(factors, record, {}), of

@@ -144,8 +144,7 @@ class FixSettings:
                 raise UsageError("--protect does not apply to --geometry keep-in", "Leave one of them out.")
             if self.prompts is not None and not self.runs_prompts:
                 raise UsageError(
-                    "--prompts is not read by the weights source with a fixed strength",
-                    "Add --strength auto, or --protect B.",
+                    "--prompts is not read by the weights source with a fixed strength", "Add --strength auto."
                 )
         else:
             only_weights = {

@@ -1,6 +1,7 @@
 """Every variant of adapter: read as PEFT reads it, repaired, and read by PEFT again."""
 
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from conftest import make_adapter
 from formats_doc import Row, render
 from other_hosts import OTHER_HOSTS
 from refused_hosts import REFUSED_HOSTS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_spelling import WILD, written
 from torch import Tensor
 from variants import EXPERTS, GOOD, MONTECLORA, QV, REFUSED, VELORA, Variant, changing
@@ -26,7 +27,7 @@ from csulora_cli.checkpoint import Checkpoint
 from csulora_cli.engine import behaviour, effects, prompts_source
 from csulora_cli.engine.attach import Update, weight_of
 from csulora_cli.engine.host import Host, load_host
-from csulora_cli.errors import InputError, UnsupportedError
+from csulora_cli.errors import HostError, InputError, UnsupportedError
 from csulora_cli.formats.layouts import KERNEL
 from csulora_cli.formats.replication import grow
 from csulora_cli.formats.structure import read_structure, structure_of
@@ -294,8 +295,10 @@ WEIGHTS_SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
     "encoder-decoder, a parameter": ("t5", {"target_modules": [], "target_parameters": ["wi.weight"]}),
     "pissa": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa"}),
 }
+UNSEEN_BY_PROMPTS = "encoder-decoder, a parameter"
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "keep-out": {"geometry": Geometry.KEEP_OUT},
+    "keep-out, protect": {"geometry": Geometry.KEEP_OUT, "protect": 1.0},
     "keep-in": {"geometry": Geometry.KEEP_IN},
     "keep-in, exact rank": {"geometry": Geometry.KEEP_IN, "rank": RankMode.EXACT},
 }
@@ -304,11 +307,22 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("name", WEIGHTS_SOURCE)
 def test_the_weights_source_repairs_every_layout(
-    name: str, geometry: str, fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path]
+    name: str,
+    geometry: str,
+    fix: Callable[..., tuple[Path, Path, FixReport]],
+    hosts: Callable[..., Path],
+    prompts: Path,
 ) -> None:
     kind, made = WEIGHTS_SOURCE[name]
-    unaligned = str(hosts(kind, seed=7))
-    _, out, report = fix(kind, made, unaligned=unaligned, strength=3.0, **GEOMETRIES[geometry])
+    settings = {"unaligned": str(hosts(kind, seed=7)), "strength": 3.0, **GEOMETRIES[geometry]}
+    if "protect" in settings:
+        settings["prompts"] = prompts
+        if name == UNSEEN_BY_PROMPTS:
+            with pytest.raises(HostError, match="cannot be told") as caught:
+                fix(kind, made, **settings)
+            assert caught.value.hint.endswith("use --unaligned without --protect.")
+            return
+    _, out, report = fix(kind, made, **settings)
     assert report.moved > 0
     counts = dict(report.tensors)
     assert counts.pop("total") == sum(counts.values())
@@ -519,6 +533,23 @@ def test_experts_that_no_harmful_token_reaches_keep_their_updates_and_are_named(
     (warning,) = [text for text in report.warnings if "no token of a harmful prompt" in text]
     assert "2 of 8 adapted experts" in warning
     assert "experts.gate_up_proj[3]" in warning
+
+
+def test_an_expert_that_alignment_left_alone_is_not_called_unreached(
+    fix: Callable[..., tuple[Path, Path, FixReport]], hosts: Callable[..., Path], prompts: Path, tmp_path: Path
+) -> None:
+    unaligned = shutil.copytree(hosts("mixtral", seed=7), tmp_path / "unaligned")
+    own, other = (load_file(folder / "model.safetensors") for folder in (hosts("mixtral"), unaligned))
+    same = {key: tensor for key, tensor in own.items() if ".experts.3." in key}
+    assert same
+    save_file(other | same, unaligned / "model.safetensors", metadata={"format": "pt"})
+    made = {"target_modules": [], "target_parameters": EXPERTS[:1]}
+    _, _, report = fix("mixtral", made, unaligned=str(unaligned), prompts=prompts, strength=1.0, protect=1.0)
+    left = {module.name for module in report.modules if module.directions == 0}
+    assert len(left) == 2
+    assert left == {module.name for module in report.modules if module.moved == 0}
+    (warning,) = [text for text in report.warnings if "[3]" in text]
+    assert warning.startswith("host and unaligned model do not differ in 2 modules, left unchanged")
 
 
 def _without_harm_in_expert_3(original: Callable[..., list[effects.Effect]]) -> Callable[..., list[effects.Effect]]:

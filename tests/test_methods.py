@@ -14,10 +14,10 @@ from torch import Tensor
 
 from csulora_cli import methods
 from csulora_cli.engine.attach import Factors
-from csulora_cli.engine.inputs import Form, Moments
-from csulora_cli.engine.prompts_source import Solver
+from csulora_cli.engine.inputs import Form, InputGroup, Moments
+from csulora_cli.engine.prompts_source import Confined, Solver
 from csulora_cli.errors import UsageError
-from csulora_cli.formats.site import Site
+from csulora_cli.formats.site import Kind, Place, Site
 from csulora_cli.methods import REGISTRY, choose, lssf, random_subspace, rotated, s3lora, safelora, safelora_projector
 from csulora_cli.methods.method import (
     ConfinedMethod,
@@ -412,6 +412,26 @@ def test_keep_out_that_protects_fades_along_the_leading_directions(case: Case, s
         basis = case.directions[module.name].right.double()
         want = oracle.fade_along(basis, update(module), harmful, benign, 1.0, strength)
         assert close(dense(repaired[module.name]), want, size=float(update(module).norm()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "tokens", "k"),
+    [
+        (Kind.LINEAR, Form.MOMENT, 500, 12), (Kind.LINEAR, Form.TOKENS, 30, 9), (Kind.LINEAR, Form.TOKENS, 30, 40),
+        (Kind.EMBEDDING, Form.DIAGONAL, 30, 12),
+    ],
+)  # fmt: skip
+def test_moments_along_directions_take_the_memory_that_is_counted(kind: Kind, form: Form, tokens: int, k: int) -> None:
+    group = InputGroup(("a", "b"), 64, Place("a", kind))
+    shape = {Form.MOMENT: (64, 64), Form.TOKENS: (64, tokens // 2), Form.DIAGONAL: (64,)}[form]
+    moments = Moments(torch.ones(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64), form)
+    held = 0
+    for name in group.members:
+        along = moments.along(name, torch.eye(64)[:, :k])
+        held += 8 * (along.harmful.numel() + along.benign.numel())
+        held += 0 if along.form is Form.TOKENS else 8 * along.shared(0.0)[1].numel()
+    bases = {name: torch.zeros(64, k) for name in group.members}
+    assert Confined(bases).own_bytes([group], (tokens // 2, tokens // 2)) == held
 
 
 def test_keep_in_keeps_the_rank_and_approaches_the_two_sided_projection() -> None:

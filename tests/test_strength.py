@@ -26,8 +26,8 @@ def search(curve: list[float], limit: float) -> tuple[Search, list[float]]:
 
 
 def plateau(level: float) -> float:
-    """The KL to which a λ must come down where the limit is out of reach: 98 % of the way from the adapter's."""
-    return ADAPTER_KL - 0.98 * (ADAPTER_KL - level)
+    """The KL to which a λ must come down where the limit is out of reach: 98 % of the way, or a thousandth from it."""
+    return max(ADAPTER_KL - 0.98 * (ADAPTER_KL - level), level + ADAPTER_KL / 1000)
 
 
 CURVES = st.lists(st.floats(0, 10), min_size=len(PATH), max_size=len(PATH)).map(lambda kl: sorted(kl, reverse=True))
@@ -109,6 +109,11 @@ def test_where_kl_levels_off_above_the_limit_the_plateau_begins_the_answer(place
     found, _ = search([3.0] * place + [1.04] * (len(PATH) - 1 - place) + [1.0], 0.5)
     assert not found.is_reached
     assert found.chosen.strength == PATH[place]
+
+
+def test_where_nearly_nothing_can_be_gained_the_weakest_is_taken() -> None:
+    found, _ = search([ADAPTER_KL * (1 - 1e-4 * place / len(PATH)) for place in range(len(PATH))], 0.5)
+    assert found.chosen.strength == PATH[0]
 
 
 def test_a_limit_that_all_meet_gives_the_weakest() -> None:

@@ -72,7 +72,7 @@ def fix(
         typer.Option(
             metavar="FLOAT",
             help="β: how much to hold on to what the adapter does on benign prompts. With keep-out, prompts then tell "
-            "which directions fade. Default: 1; with --unaligned 0.",
+            "which directions fade. Default: 1; with --unaligned 0, which is keep-out alone.",
             rich_help_panel=_STRENGTH,
         ),
     ] = None,

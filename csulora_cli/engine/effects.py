@@ -31,7 +31,7 @@ class Effect:
         moved: ‖X − Δ‖².
         before, after: the named energies of Δ and X.
         objective_before, objective_after: what a repair must not raise (`penalised_change`), at Δ and at X.
-        chance: what the named energies are for a random update (empty where 1 is the answer).
+        chance: what the named energies are for a random update; empty where they are of what prompts feed in.
     """
 
     name: str

@@ -11,6 +11,8 @@ PATH = tuple(float(f"{2 ** (step / PLACES_PER_OCTAVE):.3g}") for step in range(-
 # Where the limit is out of reach, the smallest λ is taken that lowers KL by this share of what the strongest one does:
 # beyond the point at which KL levels off λ costs more than it gains.
 LEVELLED_OFF = 0.98
+# Differences below this share of the adapter's KL are no gain.
+LEAST_GAIN = 0.001
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float, 
 
 def levelled_off(level: float, adapter_kl: float) -> float:
     """The KL below which a larger λ gains little, from the KL of the strongest λ and of λ = 0."""
-    return level + (1 - LEVELLED_OFF) * max(adapter_kl - level, 0.0)
+    return level + max((1 - LEVELLED_OFF) * (adapter_kl - level), LEAST_GAIN * adapter_kl)
 
 
 def _crossing(
