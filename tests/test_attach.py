@@ -198,7 +198,7 @@ def test_a_convolution_over_anything_but_tokens_is_refused(
     watched = watching(model, {"site": Place("mix", Kind.CONVOLUTION)}, [torch.ones(1, 4)], lambda *_: None)
     with pytest.raises(HostError, match=f"'mix' is a convolution that {message}") as caught, watched:
         layer(torch.ones(inputs))
-    assert caught.value.hint == "The prompts source cannot repair this module; use --unaligned."
+    assert caught.value.hint == "The prompts source cannot repair this module; use --unaligned without --protect."
 
 
 @pytest.mark.parametrize(
