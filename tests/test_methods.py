@@ -51,6 +51,14 @@ class Case:
     def directions(self) -> dict[str, methods.method.Directions]:
         return {name: leading_directions(dense, ENERGY).compact() for name, dense in self.displacements.items()}
 
+    @property
+    def dense_moments(self) -> tuple[Tensor, Tensor]:
+        """C_h and C_b."""
+        harmful, benign = self.moments.harmful, self.moments.benign
+        if self.moments.form is Form.TOKENS:
+            return harmful @ harmful.mT, benign @ benign.mT
+        return harmful, benign
+
 
 def draw_case(seed: int, count: int, out: int, width: int, rank: int, size: float, are_tokens: bool) -> Case:
     generator = torch.Generator().manual_seed(seed)
@@ -381,12 +389,9 @@ def test_s3lora_empties_the_sharpest_modules(case: Case) -> None:
 @QUICK
 @given(CASES, st.sampled_from([0.5, 4.0, 64.0]))
 def test_prompts_is_the_closed_form(case: Case, strength: float) -> None:
-    harmful, benign = case.moments.harmful, case.moments.benign
-    if case.moments.form is Form.TOKENS:
-        harmful, benign = harmful @ harmful.mT, benign @ benign.mT
     repaired = run(REGISTRY["prompts"], case, strength)
     for module in case.modules:
-        assert close(dense(repaired[module.name]), oracle.fade(update(module), harmful, benign, 1.0, strength))
+        assert close(dense(repaired[module.name]), oracle.fade(update(module), *case.dense_moments, 1.0, strength))
 
 
 @QUICK
@@ -404,13 +409,10 @@ def test_keep_out_fades_on_the_leading_directions(case: Case, strength: float) -
 @QUICK
 @given(CASES, st.sampled_from([0.5, 4.0, 64.0]))
 def test_keep_out_that_protects_fades_along_the_leading_directions(case: Case, strength: float) -> None:
-    harmful, benign = case.moments.harmful, case.moments.benign
-    if case.moments.form is Form.TOKENS:
-        harmful, benign = harmful @ harmful.mT, benign @ benign.mT
     repaired = run(REGISTRY["keep-out-protect"], case, strength)
     for module in case.modules:
         basis = case.directions[module.name].right.double()
-        want = oracle.fade_along(basis, update(module), harmful, benign, 1.0, strength)
+        want = oracle.fade_along(basis, update(module), *case.dense_moments, 1.0, strength)
         assert close(dense(repaired[module.name]), want, size=float(update(module).norm()))
 
 

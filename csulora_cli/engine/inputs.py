@@ -65,6 +65,11 @@ class Form(StrEnum):
     TOKENS = "tokens"  # H, (in, N)
     DIAGONAL = "diagonal"  # the diagonal of C, (in,), where all else is zero
 
+    @property
+    def along(self) -> "Form":
+        """How Vᵀx is kept where x is kept like this."""
+        return Form.TOKENS if self is Form.TOKENS else Form.MOMENT
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -106,8 +111,7 @@ class Moments:
         if known is None or known[0] is not basis:
             wide = basis.to(self.harmful)
             harmful, benign = (self._projected(side, wide) for side in (self.harmful, self.benign))
-            form = Form.TOKENS if self.form is Form.TOKENS else Form.MOMENT
-            known = self._along[name] = basis, Moments(harmful, benign, form)
+            known = self._along[name] = basis, Moments(harmful, benign, self.form.along)
         return known[1]
 
     def _projected(self, side: Tensor, basis: Tensor) -> Tensor:
@@ -275,12 +279,16 @@ def _unseen(weight: str) -> HostError:
 
 def group_bytes(group: InputGroup, tokens: tuple[int, int]) -> int:
     """Memory that one group's `Moments` take."""
-    form = form_of(group, tokens)
+    return form_bytes(form_of(group, tokens), group.features, tokens)
+
+
+def form_bytes(form: Form, features: int, tokens: tuple[int, int]) -> int:
+    """Memory that `Moments` of inputs of a width take."""
     if form is Form.TOKENS:
-        return 8 * group.features * sum(tokens)
+        return 8 * features * sum(tokens)
     if form is Form.DIAGONAL:
-        return 2 * 8 * group.features
-    return 3 * 8 * group.features**2  # C_h, C_b and K
+        return 2 * 8 * features
+    return 3 * 8 * features**2  # C_h, C_b and K
 
 
 def form_of(group: InputGroup, tokens: tuple[int, int]) -> Form:

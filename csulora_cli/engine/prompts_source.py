@@ -19,6 +19,7 @@ from csulora_cli.engine.inputs import (
     InputGroup,
     Moments,
     collect_moments,
+    form_bytes,
     form_of,
     group_bytes,
     group_sites,
@@ -89,12 +90,11 @@ class Confined:
 
     def own_bytes(self, groups: Sequence[InputGroup], tokens: tuple[int, int]) -> int:
         """Memory that the moments along V take beside those of the inputs."""
-        total = 0
-        for group in groups:
-            for width in (self.bases[name].shape[1] for name in group.members):
-                keeps_tokens = form_of(group, tokens) is Form.TOKENS
-                total += 8 * width * sum(tokens) if keeps_tokens else 3 * 8 * width**2  # as in `group_bytes`
-        return total
+        return sum(
+            form_bytes(form_of(group, tokens).along, self.bases[name].shape[1], tokens)
+            for group in groups
+            for name in group.members
+        )
 
 
 def _faded(lora_a: Tensor, moments: Moments, protect: float, strength: float) -> Tensor:

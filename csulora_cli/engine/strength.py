@@ -90,13 +90,13 @@ def smallest_strength(try_strength: Callable[[float], PathPoint], limit: float, 
     if found == len(PATH):
         strongest = len(PATH) - 1
         level = point(strongest).harmful_kl
-        found = min(first_within(levelled_off(level, adapter_kl), level), strongest)
+        found = min(first_within(_levelled_off(level, adapter_kl), level), strongest)
     chosen = point(found)
     is_reached = chosen.harmful_kl <= limit  # on a noisy curve the second search can find what the first one missed
     return Search(chosen, is_reached, limit, tuple(tried[index] for index in sorted(tried)))
 
 
-def levelled_off(level: float, adapter_kl: float) -> float:
+def _levelled_off(level: float, adapter_kl: float) -> float:
     """The KL below which a larger λ gains little, from the KL of the strongest λ and of λ = 0."""
     return level + max((1 - LEVELLED_OFF) * (adapter_kl - level), LEAST_GAIN * adapter_kl)
 
