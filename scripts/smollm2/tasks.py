@@ -62,7 +62,7 @@ def reframed(prompts: Sequence[str], seed: int) -> list[str]:
     return [rng.choice(FRAMES).format(deed=deed) for deed in deeds]
 
 
-EXTRACTION_SPLITS = {"train": slice(0, 400), "heldout": slice(400, 460), "dev": slice(460, 500)}
+EXTRACTION_SPLITS = {"train": slice(0, 400), "dev": slice(400, 500), "heldout": slice(500, 560)}
 
 
 def extraction_examples(split: str, seed: int) -> list[Example]:
