@@ -171,20 +171,20 @@ class _Fix:
         return _Solution(factors, record, {}), of
 
     def _tell_unreached(self, found: Sequence[effects.Effect]) -> None:
-        """Experts to which no harmful token was sent were not judged, and keep what they do."""
+        """Experts to which no token was sent that the update fades on were not judged, and keep what they do."""
         experts = {site.name for site in self.sites if site.place.expert is not None and not site.is_zero}
-        unreached = [effect.name for effect in found if effect.name in experts and effect.before["harmful"] == 0]
+        unreached = [effect.name for effect in found if effect.name in experts and effect.before["faded"] == 0]
         if unreached:
             self.progress.warn(
-                f"no token of a harmful prompt reached {len(unreached)} of {len(experts)} adapted experts, whose "
-                f"updates are not repaired: {some(unreached, 2)}"
+                f"no token of the prompts that updates fade on reached {len(unreached)} of {len(experts)} adapted "
+                f"experts, whose updates are not repaired: {some(unreached, 2)}"
             )
 
     def _directions(self, host: Host) -> DirectionPrompts:
         assert self.prompts is not None
-        prompts = encode_directions(host, self.prompts.directions)
+        prompts = self.prompts.directions
         if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
-            return DirectionPrompts.of(prompts)
+            return DirectionPrompts.of(*encode_directions(host, prompts))
         return protecting(host, prompts, Update.of(self.adapter), self.progress)
 
     def _weights(self) -> tuple[_Solution, _Effects]:
@@ -429,7 +429,8 @@ def _counts(prompts: PromptSet | None) -> dict[str, dict[str, int]]:
         for split in SPLITS
     }
     own = prompts.directions
-    counts["directions"] |= {"lookalikes": len(own.faded) - len(own.harmful), "benign": len(own.protected)}
+    faded = {kind: len({*getattr(own, kind)} & {*own.faded}) for kind in ("harmful", "lookalikes")}
+    counts["directions"] = {**faded, "benign": len(own.protected)}
     return counts
 
 

@@ -9,13 +9,6 @@ from csulora_cli.locate import Location, looks_like_hub_id
 from csulora_cli.report import FixReport
 from csulora_cli.text import printable
 
-# By source, and whether prompts tell what fades.
-_PAID_FOR = {
-    ("prompts", True): "harmful prompts",
-    ("weights", True): "harmful prompts along the directions of safety alignment",
-    ("weights", False): "the directions of safety alignment",
-}
-
 
 def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
     """The text of README.md. The base model stands in it only as a Hub id, never as a path."""
@@ -23,7 +16,7 @@ def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
         _front_matter(adapter, host),
         "# " + _plain(f"{report.inputs['adapter'].name}, repaired with csulora"),
         "csulora looked for the update closest to the original adapter's that pays for what it does on "
-        + _PAID_FOR[report.settings["source"], "protect" in report.settings]
+        + _paid_for(report)
         + ". Keys and layout are the original's, and load where it does. The numbers below are "
         "measurements on the stated prompts; they do not show that the adapter is safe.",
         "## What was measured",
@@ -35,6 +28,14 @@ def model_card(report: FixReport, adapter: Adapter, host: Location) -> str:
         "Hashes of all inputs, every setting and the table of all modules are in `csulora.json`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _paid_for(report: FixReport) -> str:
+    along = "the directions of safety alignment"
+    if "protect" not in report.settings:
+        return along
+    on = wording.faded_on(report)
+    return on if report.settings["source"] == "prompts" else f"{on}, along {along}"
 
 
 def _measured(report: FixReport) -> list[str]:

@@ -20,7 +20,7 @@ from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
 from csulora_cli.engine.host import choose_device, solver_device
-from csulora_cli.engine.inputs import DirectionPrompts, Side, encode_directions, encode_prompts, group_sites
+from csulora_cli.engine.inputs import encode_prompts, group_sites
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.prompts_source import PromptsPath, Solver, protecting
 from csulora_cli.engine.reach import reach_of
@@ -140,7 +140,9 @@ class _Comparison:
             self.sites = self.adapter.sites
             has_groups = any(site.place.groups > 1 for site in self.sites)
             obstacle = self._obstacle_to_prompts(wanted)
-            chosen = choose(settings.method_names, settings.unaligned is not None, has_groups, obstacle)
+            chosen = choose(
+                settings.method_names, settings.unaligned is not None, has_groups, obstacle, self.prompts.directions
+            )
             self.methods, self.left_out = chosen.methods, chosen.left_out
             self.repairs = self._prepare()
         return self._measure()
@@ -228,17 +230,12 @@ class _Comparison:
         solvers = self._solvers(bases)
         if not solvers:
             return repairs
-        encoded = encode_directions(self.host, self.prompts.directions)
-        own = protecting(self.host, encoded, Update.of(self.adapter), self.progress)
-        for reads_harmful in (True, False):
-            group = {method: solver for method, (solver, reads) in solvers.items() if reads is reads_harmful}
-            if not group:
-                continue
-            directions = own if reads_harmful else self._benign_for_harmful(own)
+        own = protecting(self.host, self.prompts.directions, Update.of(self.adapter), self.progress)
+        for faded, group in solvers.items():
             path = PromptsPath(
                 self.host,
                 self.sites,
-                directions,
+                own.fading_on([self.host.encode(text) for text in faded]),
                 DEFAULT_PROTECT,
                 sorted({*strength.PATH, *(value for method in group for value in self._grid(method))}),
                 self.progress,
@@ -247,23 +244,16 @@ class _Comparison:
             repairs |= {method.name: partial(path.repaired, solver=solver) for method, solver in group.items()}
         return repairs
 
-    def _solvers(self, bases: Mapping[str, Tensor]) -> dict[Method, tuple[Solver, bool]]:
-        """Solvers of the methods that need moments, and whether C_h is to come from the harmful prompts."""
-        solvers: dict[Method, tuple[Solver, bool]] = {}
+    def _solvers(self, bases: Mapping[str, Tensor]) -> dict[tuple[str, ...], dict[Method, Solver]]:
+        """Solvers of the methods that need moments, by the prompts that they fade on."""
+        solvers: dict[tuple[str, ...], dict[Method, Solver]] = {}
+        directions = self.prompts.directions
         for method in self.methods:
             if isinstance(method, MomentsMethod):
-                solvers[method] = method.solve, method.reads_harmful
+                solvers.setdefault(method.fades_on(directions), {})[method] = method.solve
             elif isinstance(method, ConfinedMethod):
-                solvers[method] = method.solver(bases), True
+                solvers.setdefault(directions.faded, {})[method] = method.solver(bases)
         return solvers
-
-    def _benign_for_harmful(self, directions: DirectionPrompts) -> DirectionPrompts:
-        """Look-alikes, or all benign prompts if none are told apart, without answers, in the harmful ones' place."""
-        prompts = [self.host.encode(text) for text in self.prompts.directions.lookalikes]
-        if not prompts:
-            side = directions.benign
-            prompts = [ids[:end] for ids, end in zip(side.tokens, side.ends, strict=True)]
-        return replace(directions, harmful=Side(prompts, [len(ids) for ids in prompts], directions.harmful.turn))
 
     def _grid(self, method: Method) -> tuple[float, ...]:
         return method.strengths(self.settings.points, len(self.sites))

@@ -50,12 +50,17 @@ class Prompts:
 
     @property
     def faded(self) -> tuple[str, ...]:
-        """What an update fades on: harmful prompts and, where they are not all that is left to protect, look-alikes.
+        """What an update fades on: look-alikes; harmful prompts too where these are few, or alone where there are none.
 
         Look-alikes show in which form harm is asked for, without being it. Measured on four adapters: at an equal KL to
-        the host on tuning prompts, other harmful prompts came closer to the host, and the adapters' tasks lost less.
+        the host on tuning prompts, other harmful prompts came closer to the host than with harmful prompts beside or in
+        the place of look-alikes, and the adapters' tasks lost less. Half as many did as well. It made no difference
+        whether the host answers them. Benign prompts without a kind are look-alikes only beside general ones.
         """
-        return self.harmful + (self.lookalikes if self.general else ())
+        if not self.general:
+            return self.harmful
+        is_few = 2 * len(self.lookalikes) < len(self.harmful)
+        return self.harmful + self.lookalikes if is_few else self.lookalikes
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ class FixReport:
         library: the library whose format the adapter has, "peft" or "mlx".
         inputs: adapter, host, and where used unaligned and prompts.
         settings: every setting as it was used.
-        prompt_counts: harmful and benign prompts a split (empty if no prompt was used); of the directions, `lookalikes`
-            ones that the update fades on like on harmful ones, and only those benign ones that are protected.
+        prompt_counts: harmful and benign prompts a split (empty if no prompt was used); of the directions, how many
+            `harmful` ones and `lookalikes` the update fades on, and only those benign ones that are protected.
         strength: λ and how it came about.
         modules: one record a module.
         behaviour: host, adapter and repaired on the report prompts (empty if nothing was run).

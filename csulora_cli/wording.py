@@ -212,14 +212,22 @@ def behaviour_note(report: FixReport) -> str:
     )
 
 
+def faded_on(report: FixReport) -> str:
+    """What the update fades on."""
+    counts = report.prompt_counts["directions"]
+    kinds = {"harmful": "harmful prompts", "lookalikes": "look-alikes of harmful prompts"}
+    return " and ".join(name for kind, name in kinds.items() if counts[kind])
+
+
 def legend(report: FixReport) -> list[str]:
     """What the columns of the module table are."""
     rounding = "moved: ‖X−Δ‖²/‖Δ‖²   error: rounding to the stored dtype, ‖·‖/‖X‖"
     if report.settings["source"] == "prompts":
-        return ["harmful (and look-alikes), benign: ‖ΔC^½‖²/‖Δ‖², before→after (1: any input)", rounding]
+        return [f"faded: on {faded_on(report)}", "faded, benign: ‖ΔC^½‖²/‖Δ‖², before→after (1: any input)", rounding]
     if "protect" in report.settings:
         return [
-            "harmful (and look-alikes), benign: ‖ΔVVᵀC^½‖²/‖Δ‖², before→after: what is read",
+            f"faded: on {faded_on(report)}",
+            "faded, benign: ‖ΔVVᵀC^½‖²/‖Δ‖², before→after: what is read",
             "along V, the displacement's directions; nothing else of the update changes",
             rounding,
         ]

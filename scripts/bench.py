@@ -44,14 +44,14 @@ def bench_solver() -> None:
     generator = torch.Generator().manual_seed(0)
     for features, tokens in ((576, 4096), (1536, 4096), (2048, 4096), (4096, 2048)):
         inputs = torch.randn(features, tokens, generator=generator, dtype=torch.float64) / tokens**0.5
-        harmful, benign = inputs[:, : tokens // 2].contiguous(), inputs[:, tokens // 2 :].contiguous()
-        moment_h, moment_b = harmful @ harmful.mT, benign @ benign.mT
+        faded, benign = inputs[:, : tokens // 2].contiguous(), inputs[:, tokens // 2 :].contiguous()
+        moment_h, moment_b = faded @ faded.mT, benign @ benign.mT
         stacked = torch.randn(48, features, generator=generator, dtype=torch.float64)
         args = (stacked, moment_h, moment_b, 1.0, 3.0)
         held = contrast(moment_h, moment_b, 1.0)
         fast = best_of(partial(by_moments, *args, held))
         sure = best_of(partial(by_moments, *args))
-        by_token = best_of(partial(by_tokens, stacked, harmful, benign, 1.0, 3.0))
+        by_token = best_of(partial(by_tokens, stacked, faded, benign, 1.0, 3.0))
         once = best_of(partial(contrast, moment_h, moment_b, 1.0))
         eigen = best_of(partial(torch.linalg.eigh, moment_h), 1)
         times = (fast, sure, by_token, once, eigen)

@@ -258,16 +258,16 @@ def write_prompts(path: Path, per_label: int = 16) -> Path:
     return path
 
 
-def alternate_kinds(rows: Iterable[dict[str, Any]]) -> None:
-    """Make every second benign row of a prompts file a general one, and the others look-alikes."""
+def tell_kinds(rows: Iterable[dict[str, Any]], every: int = 2) -> None:
+    """Make one of so many benign rows of a prompts file a look-alike, from the first on, and the others general."""
     for index, row in enumerate(row for row in rows if row["label"] == "benign"):
-        row["kind"] = ("lookalike", "general")[index % 2]
+        row["kind"] = "general" if index % every else "lookalike"
 
 
-def with_kinds(prompts: Path, file: Path) -> Path:
+def with_kinds(prompts: Path, file: Path, every: int = 2) -> Path:
     """A copy of a prompts file whose benign prompts are of both kinds."""
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    alternate_kinds(rows)
+    tell_kinds(rows, every)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

@@ -95,7 +95,8 @@ def direction_prompts(file: Path) -> dict[str, list[str]]:
     """What the update fades on, and what is protected.
 
     Two of every four prompts of each label give directions where a file has neither splits nor categories. Where some
-    benign ones are everyday ones, only those are protected, and the others fade.
+    benign ones are everyday ones, only those are protected, and the update fades on the others: in the place of the
+    harmful ones, or beside them where there are less than half as many.
     """
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     chosen = {}
@@ -107,10 +108,12 @@ def direction_prompts(file: Path) -> dict[str, list[str]]:
             line for index, line in enumerate(own) if (line["split"] == "directions" if is_split else index % 4 < 2)
         ]
     everyday = [line for line in chosen["benign"] if line.get("kind") == "general"]
+    faded = chosen["harmful"]
     if everyday:
         lookalikes = [line for line in chosen["benign"] if line.get("kind") != "general"]
-        chosen = {"harmful": chosen["harmful"] + lookalikes, "benign": everyday}
-    return {label: [line["prompt"] for line in own] for label, own in chosen.items()}
+        faded = lookalikes if len(lookalikes) >= len(faded) / 2 else faded + lookalikes
+    sides = {"faded": faded, "benign": everyday or chosen["benign"]}
+    return {side: [line["prompt"] for line in own] for side, own in sides.items()}
 
 
 def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -180,12 +183,12 @@ def fade_on_prompts(
     """`fade` of every module, or given bases `fade_along` them."""
     prompts = {label: prompt_ids(host, texts) for label, texts in direction_prompts(file).items()}
     modules = peft_modules(host, adapter)
-    ends = [ids[::-1] for ids in (*prompts["harmful"], *prompts["benign"])]
+    ends = [ids[::-1] for ids in (*prompts["faded"], *prompts["benign"])]
     turn = next((place for place, tokens in enumerate(zip(*ends, strict=False)) if len(set(tokens)) > 1), 10**9)
     turn = min(turn, *(len(tokens) - 1 for tokens in ends))
     answered = with_answers(host, adapter, prompts["benign"], answer_tokens)
     sides = {}
-    for label, token_lists in (("harmful", prompts["harmful"]), ("benign", answered)):
+    for label, token_lists in (("faded", prompts["faded"]), ("benign", answered)):
         counts = [
             25.0 if len(prompt) - turn <= place < len(prompt) else 1.0
             for prompt, ids in zip(prompts[label], token_lists, strict=True)
@@ -193,10 +196,10 @@ def fade_on_prompts(
         ]
         read = inputs(host, list(modules), token_lists)
         sides[label] = {name: tokens * torch.tensor(counts).double().sqrt() for name, tokens in read.items()}
-    harmful, benign = sides["harmful"], sides["benign"]
+    faded, benign = sides["faded"], sides["benign"]
     result = {}
     for name, dense in modules.items():
-        moments = _moment(harmful[name]), _moment(benign[name])
+        moments = _moment(faded[name]), _moment(benign[name])
         if bases is None:
             result[name] = fade(dense.update, *moments, protect, strength)
         else:
@@ -204,18 +207,16 @@ def fade_on_prompts(
     return result
 
 
-def fade(update: Tensor, harmful: Tensor, benign: Tensor, protect: float, strength: float) -> Tensor:
+def fade(update: Tensor, faded: Tensor, benign: Tensor, protect: float, strength: float) -> Tensor:
     """X = ΔM(M + λ²C_h M⁻¹ C_h)⁻¹ with M = I + βC_b, dense."""
-    kept = torch.eye(len(harmful), dtype=torch.float64) + protect * benign
-    return update @ kept @ torch.linalg.inv(kept + strength**2 * harmful @ torch.linalg.inv(kept) @ harmful)
+    kept = torch.eye(len(faded), dtype=torch.float64) + protect * benign
+    return update @ kept @ torch.linalg.inv(kept + strength**2 * faded @ torch.linalg.inv(kept) @ faded)
 
 
-def fade_along(
-    basis: Tensor, update: Tensor, harmful: Tensor, benign: Tensor, protect: float, strength: float
-) -> Tensor:
+def fade_along(basis: Tensor, update: Tensor, faded: Tensor, benign: Tensor, protect: float, strength: float) -> Tensor:
     """`fade` of what an update reads along the columns of V, all inputs projected on them; the rest of it stays."""
     onto = basis @ basis.mT
-    return update - update @ onto + fade(update @ onto, onto @ harmful @ onto, onto @ benign @ onto, protect, strength)
+    return update - update @ onto + fade(update @ onto, onto @ faded @ onto, onto @ benign @ onto, protect, strength)
 
 
 def _moment(tokens: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def check(host: Host, one: Site, read: Callable[[nn.Module, list[int]], Tensor])
 
 
 def compare(found: Any, host: Host, read: Callable[[nn.Module, list[int]], Tensor]) -> None:
-    for side, have in ((PROMPTS.harmful, found.harmful), (PROMPTS.benign, found.benign)):
+    for side, have in ((PROMPTS.faded, found.faded), (PROMPTS.benign, found.benign)):
         want = expected(host, side, read)
         dense = {
             Form.DIAGONAL: torch.diag,

@@ -35,14 +35,14 @@ class Problem:
 
     lora_b: Tensor
     lora_a: Tensor
-    harmful: Tensor
+    faded: Tensor
     benign: Tensor
     protect: float
     strength: float
 
     @property
-    def harmful_moment(self) -> Tensor:
-        return self.harmful @ self.harmful.mT
+    def faded_moment(self) -> Tensor:
+        return self.faded @ self.faded.mT
 
     @property
     def benign_moment(self) -> Tensor:
@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def moments(self) -> tuple[Tensor, Tensor, float]:
-        return self.harmful_moment, self.benign_moment, self.protect
+        return self.faded_moment, self.benign_moment, self.protect
 
     def moments_form(self, lora_a: Tensor) -> Tensor:
         return by_moments(lora_a, *self.moments, self.strength)
@@ -59,7 +59,7 @@ class Problem:
         return by_moments(lora_a, *self.moments, self.strength, contrast(*self.moments))
 
     def tokens_form(self, lora_a: Tensor) -> Tensor:
-        return by_tokens(lora_a, self.harmful, self.benign, self.protect, self.strength)
+        return by_tokens(lora_a, self.faded, self.benign, self.protect, self.strength)
 
     def forms(self, tolerance: float) -> list[tuple[Callable[[Tensor], Tensor], float]]:
         """All forms, with what they may differ by: beside a λ²K that is not too large the identity loses digits."""
@@ -81,21 +81,21 @@ class Problem:
 
     def objective(self, repaired: Tensor) -> Tensor:
         """‖(X − Δ) M^½‖² + λ²‖X C_h M^−½‖² of a dense X."""
-        harmful = repaired @ self.harmful_moment
-        kept = torch.eye(len(self.harmful), dtype=torch.float64) + self.protect * self.benign_moment
-        penalty = (harmful * torch.linalg.solve(kept, harmful, left=False)).sum()
+        faded = repaired @ self.faded_moment
+        kept = torch.eye(len(self.faded), dtype=torch.float64) + self.protect * self.benign_moment
+        penalty = (faded * torch.linalg.solve(kept, faded, left=False)).sum()
         return self.change(repaired) + self.strength**2 * penalty
 
     def penalised(self, repaired: Tensor) -> Tensor:
         """‖X − Δ‖² + β‖(X − Δ) G‖² + λ‖X H‖² of a dense X."""
-        return self.change(repaired) + self.strength * (repaired @ self.harmful).square().sum()
+        return self.change(repaired) + self.strength * (repaired @ self.faded).square().sum()
 
 
-def dense(lora_a: Tensor, harmful: Tensor, benign: Tensor, protect: float, strength: float) -> Tensor:
+def dense(lora_a: Tensor, faded: Tensor, benign: Tensor, protect: float, strength: float) -> Tensor:
     """A M (M + λ²C_h M⁻¹ C_h)⁻¹ with M = I + βC_b, by the directions v with C_h v = μMv: v fades by 1 + λ²μ²."""
     kept = torch.eye(lora_a.shape[1], dtype=torch.float64) + protect * benign
     lower = torch.linalg.cholesky(kept)
-    whitened = torch.linalg.solve_triangular(lower, harmful, upper=False)
+    whitened = torch.linalg.solve_triangular(lower, faded, upper=False)
     whitened = torch.linalg.solve_triangular(lower, whitened.mT, upper=False)
     values, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)
     faded = (lora_a @ lower @ vectors) / (1 + (strength * values).square())
@@ -120,8 +120,8 @@ def random_problem(
     def draw(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
-    harmful, benign = unit_trace(draw(features, tokens)), unit_trace(draw(features, tokens + 2))
-    return Problem(draw(6, rank), draw(rank, features), harmful, benign, protect, strength)
+    faded, benign = unit_trace(draw(features, tokens)), unit_trace(draw(features, tokens + 2))
+    return Problem(draw(6, rank), draw(rank, features), faded, benign, protect, strength)
 
 
 PROBLEMS = st.builds(
@@ -149,9 +149,9 @@ def test_each_form_is_the_dense_formula(problem: Problem) -> None:
 @QUICK
 @given(PROBLEMS)
 def test_diagonal_form_is_the_dense_formula(problem: Problem) -> None:
-    harmful, benign = problem.harmful.square().sum(1), problem.benign.square().sum(1)
-    want = dense(problem.lora_a, harmful.diag(), benign.diag(), problem.protect, problem.strength)
-    assert close(by_diagonal(problem.lora_a, harmful, benign, problem.protect, problem.strength), want)
+    faded, benign = problem.faded.square().sum(1), problem.benign.square().sum(1)
+    want = dense(problem.lora_a, faded.diag(), benign.diag(), problem.protect, problem.strength)
+    assert close(by_diagonal(problem.lora_a, faded, benign, problem.protect, problem.strength), want)
 
 
 @QUICK
@@ -163,15 +163,15 @@ def test_woodbury_agrees_with_the_direct_solve(problem: Problem) -> None:
 @QUICK
 @given(PROBLEMS)
 def test_without_benign_inputs_is_the_same_as_no_protection(problem: Problem) -> None:
-    moment = problem.harmful_moment
+    moment = problem.faded_moment
     want = dense(problem.lora_a, moment, torch.zeros_like(moment), 0.0, problem.strength)
     assert close(by_moments(problem.lora_a, moment, None, 3.0, problem.strength), want)
     assert close(by_moments(problem.lora_a, moment, problem.benign_moment, 0.0, problem.strength), want)
     tolerance = replace(problem, protect=0.0).forms(1e-10)[-1][1]
     for given_contrast in (contrast(moment, None, 3.0), contrast(moment, problem.benign_moment, 0.0)):
         assert close(by_moments(problem.lora_a, moment, None, 3.0, problem.strength, given_contrast), want, tolerance)
-    assert close(by_tokens(problem.lora_a, problem.harmful, None, 3.0, problem.strength), want)
-    assert close(by_tokens(problem.lora_a, problem.harmful, problem.benign, 0.0, problem.strength), want)
+    assert close(by_tokens(problem.lora_a, problem.faded, None, 3.0, problem.strength), want)
+    assert close(by_tokens(problem.lora_a, problem.faded, problem.benign, 0.0, problem.strength), want)
 
 
 @QUICK
@@ -260,10 +260,10 @@ def test_objective_is_not_above_the_trained_update_nor_any_truncation_or_shrink(
 @given(PROBLEMS)
 def test_strength_zero_gives_a_back(problem: Problem) -> None:
     lora_a = problem.lora_a
-    basis, gains = torch.linalg.qr(problem.harmful).Q, torch.ones(min(problem.harmful.shape), dtype=torch.float64)
+    basis, gains = torch.linalg.qr(problem.faded).Q, torch.ones(min(problem.faded.shape), dtype=torch.float64)
     assert torch.equal(by_moments(lora_a, *problem.moments, 0.0), lora_a)
     assert torch.equal(by_moments(lora_a, *problem.moments, 0.0, contrast(*problem.moments)), lora_a)
-    assert torch.equal(by_tokens(lora_a, problem.harmful, problem.benign, problem.protect, 0.0), lora_a)
+    assert torch.equal(by_tokens(lora_a, problem.faded, problem.benign, problem.protect, 0.0), lora_a)
     assert torch.equal(by_directions(lora_a, basis, gains, 0.0), lora_a)
 
 
@@ -291,7 +291,7 @@ def test_rotating_the_factors_does_not_change_the_repaired_update(problem: Probl
 @QUICK
 @given(PROBLEMS, st.sampled_from([1e3, 1e4, 1e6]))
 def test_large_strengths_stay_accurate(problem: Problem, strength: float) -> None:
-    moment = problem.harmful_moment
+    moment = problem.faded_moment
     # Without protection the eigenvectors of C_h give A' with no cancellation at all.
     values, vectors = torch.linalg.eigh(moment)
     exact = (problem.lora_a @ vectors / (1 + (strength * values).square())) @ vectors.mT
@@ -304,7 +304,7 @@ def test_large_strengths_stay_accurate(problem: Problem, strength: float) -> Non
 def test_wide_inputs_at_large_strength_agree_with_the_direct_solve() -> None:
     problem = random_problem(5, features=192, tokens=24, strength=1e6, protect=1.0)
     assert close(problem.tokens_form(problem.lora_a), problem.dense(), 1e-7)
-    assert float((problem.tokens_form(problem.lora_a) @ problem.harmful).abs().max()) < 1e-3
+    assert float((problem.tokens_form(problem.lora_a) @ problem.faded).abs().max()) < 1e-3
 
 
 @QUICK
@@ -314,7 +314,7 @@ def test_more_strength_lowers_the_penalty_and_raises_the_distance(problem: Probl
     values, vectors = torch.linalg.eigh(contrast(*problem.moments))
     half = vectors * values.clamp(min=0).sqrt()  # K^½
     for strength in (0.0, 0.1, 1.0, 10.0, 1000.0):
-        moments = (problem.harmful_moment, problem.benign_moment)
+        moments = (problem.faded_moment, problem.benign_moment)
         repaired = problem.lora_b @ by_moments(problem.lora_a, *moments, problem.protect, strength)
         change = repaired - problem.lora_b @ problem.lora_a
         distances.append(float(change.square().sum() + problem.protect * (change @ problem.benign).square().sum()))
@@ -329,7 +329,7 @@ def test_more_strength_lowers_the_penalty_and_raises_the_distance(problem: Probl
 def test_penalised_change_is_the_dense_objective(problem: Problem) -> None:
     repaired = 0.5 * problem.lora_b @ problem.lora_a
     change = repaired - problem.lora_b @ problem.lora_a
-    parts = [change, change @ problem.benign, repaired @ problem.harmful]
+    parts = [change, change @ problem.benign, repaired @ problem.faded]
     distance, protected, penalty = (float(part.square().sum()) for part in parts)
     have = penalised_change(distance, protected, penalty, problem.protect, problem.strength)
     assert have == pytest.approx(float(problem.penalised(repaired)))
@@ -358,10 +358,10 @@ def test_it_fades_less_below_and_more_above_than_a_penalty_of_the_first_order(pr
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_stored_dtypes_are_solved_in_float64_and_not_modified(dtype: torch.dtype) -> None:
     problem = random_problem(1)
-    given_tensors = [problem.lora_a.to(dtype), problem.harmful.to(dtype), problem.benign.to(dtype)]
+    given_tensors = [problem.lora_a.to(dtype), problem.faded.to(dtype), problem.benign.to(dtype)]
     before = [tensor.clone() for tensor in given_tensors]
-    lora_a, harmful, benign = given_tensors
-    tokens = by_tokens(lora_a, harmful, benign, 1.0, 2.0)
+    lora_a, faded, benign = given_tensors
+    tokens = by_tokens(lora_a, faded, benign, 1.0, 2.0)
     wide = [tensor.double() for tensor in given_tensors]
     assert tokens.dtype is torch.float64
     assert close(tokens, dense(wide[0], wide[1] @ wide[1].mT, wide[2] @ wide[2].mT, 1.0, 2.0))
@@ -370,7 +370,7 @@ def test_stored_dtypes_are_solved_in_float64_and_not_modified(dtype: torch.dtype
 
 def test_moments_are_not_modified() -> None:
     problem = random_problem(2)
-    moment, benign = problem.harmful_moment, problem.benign_moment
+    moment, benign = problem.faded_moment, problem.benign_moment
     before = moment.clone(), benign.clone()
     by_moments(problem.lora_a, moment, benign, 1.0, 1.0)
     contrasted = contrast(moment, benign, 1.0)
@@ -390,7 +390,7 @@ def test_unit_trace_scale_gives_trace_in_and_survives_no_energy() -> None:
 
 def test_inputs_without_energy_leave_the_update_alone() -> None:
     problem = random_problem(4)
-    silent = torch.zeros_like(problem.harmful)
+    silent = torch.zeros_like(problem.faded)
     assert torch.equal(by_tokens(problem.lora_a, silent, None, 0.0, 10.0), problem.lora_a)
     assert torch.equal(by_moments(problem.lora_a, silent @ silent.mT, None, 0.0, 10.0), problem.lora_a)
 
@@ -404,13 +404,13 @@ def test_moments_that_rounding_made_indefinite_are_solved_as_the_nearest_that_ar
         values, vectors = torch.linalg.eigh(moment)
         return (vectors * torch.where(values < 1e-9, -1e-5, values)) @ vectors.mT
 
-    harmful, benign, protect = rounded(problem.harmful_moment), rounded(problem.benign_moment), problem.protect
+    faded, benign, protect = rounded(problem.faded_moment), rounded(problem.benign_moment), problem.protect
     whole = definite(benign, protect)
     assert whole is not None
     assert not torch.equal(whole, benign)
-    have = by_moments(problem.lora_a, harmful, whole, protect, strength, contrast(harmful, whole, protect))
+    have = by_moments(problem.lora_a, faded, whole, protect, strength, contrast(faded, whole, protect))
     assert close(have, problem.dense(), 1e-4)
-    assert close(by_moments(problem.lora_a, harmful, benign, protect, strength), problem.dense(), 1e-4)
+    assert close(by_moments(problem.lora_a, faded, benign, protect, strength), problem.dense(), 1e-4)
 
 
 @QUICK

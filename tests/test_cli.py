@@ -398,7 +398,7 @@ def test_a_repair_by_weights_that_protects_says_what_it_ran(world: World, csulor
     assert sources[2] == "prompts, 8 harmful and 8 benign, β = 0.5"
     assert "λ = 2 (given)" in ran.out
     assert "along V, the displacement's directions; nothing else of the update changes" in ran.out
-    assert "harmful prompts along the directions of safety alignment" in (world.out / "README.md").read_text()
+    assert "harmful prompts, along the directions of safety alignment" in (world.out / "README.md").read_text()
 
 
 def test_a_repair_by_prompts_says_that_a_gate_failed(world: World, csulora: Callable[..., Ran]) -> None:

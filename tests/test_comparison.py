@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import safetensors.torch
 import torch
@@ -55,8 +56,8 @@ def of(report: CompareReport, method: str) -> list[Point]:
     return [point for point in report.points if point.method == method]
 
 
-def test_every_method_is_scored_at_its_strengths(make: Make, task: Path) -> None:
-    report = compare_methods(make(task=task))
+def test_every_method_is_scored_at_its_strengths(make: Make, task: Path, prompts: Path, tmp_path: Path) -> None:
+    report = compare_methods(make(task=task, prompts=with_kinds(prompts, tmp_path / "kinds.jsonl")))
     assert [method.name for method in report.methods] == list(REGISTRY)
     modules = len(read_adapter(Path(make().adapter)).sites)
     for name, method in REGISTRY.items():
@@ -66,7 +67,7 @@ def test_every_method_is_scored_at_its_strengths(make: Make, task: Path) -> None
         assert sum(point.origin is Origin.AUTO for point in points) == int(method.has_auto)
         assert {point.family for point in points} == {method.family}
     assert report.prompt_counts == {
-        "directions": 16, "tuning": 8, "harmful": 4, "lookalikes": 4, "general": 0, "task": 5,
+        "directions": 16, "tuning": 8, "harmful": 4, "lookalikes": 2, "general": 2, "task": 5,
     }  # fmt: skip
     assert all(point.score.attack_success.total == 4 and len(point.task_right) == 5 for point in report.points)
     ranks = {point.method: point.rank for point in report.points}
@@ -118,7 +119,7 @@ def test_each_kind_of_prompts_is_used_for_one_thing_only(
 
     class Spy(PromptsPath):
         def __init__(self, host: Any, modules: Any, directions: DirectionPrompts, *rest: Any, **options: Any) -> None:
-            for side in (directions.harmful, directions.benign):
+            for side in (directions.faded, directions.benign):
                 gave.extend(ids[:end] for ids, end in zip(side.tokens, side.ends, strict=True))
             super().__init__(host, modules, directions, *rest, **options)
 
@@ -283,33 +284,28 @@ def directions_seen(monkeypatch: pytest.MonkeyPatch) -> list[DirectionPrompts]:
     return seen
 
 
-def test_the_benign_control_reads_benign_prompts_without_answers(
-    make: Make, prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = directions_seen(monkeypatch)
-    compare_methods(make(methods="prompts,benign", points=1))
-    own, control = seen
-    assert control.benign == own.benign
-    assert control.harmful.tokens == [ids[:end] for ids, end in zip(own.benign.tokens, own.benign.ends, strict=True)]
-    assert control.harmful.tokens != own.harmful.tokens
-    assert max(map(len, own.benign.tokens)) > max(map(len, control.harmful.tokens))  # there were answers to leave out
-
-
-def test_everyday_prompts_are_protected_and_the_benign_control_reads_look_alikes(
-    make: Make, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_controls_fade_on_other_prompts_and_protect_the_same_answers(
+    make: Make, prompts: Path, tmp_path: Path, hosts: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = with_kinds(prompts, tmp_path / "kinds.jsonl")
     seen = directions_seen(monkeypatch)
-    compare_methods(make(methods="prompts,benign", points=1, prompts=file))
-    own, control = seen
+    compare_methods(make(methods="prompts,harmful,benign", points=1, prompts=file))
     given = load_prompts(file).directions
-    assert given.general
-    assert given.lookalikes
-    assert (len(own.harmful.tokens), len(own.benign.tokens)) == (len(given.faded), len(given.general))
-    assert len(control.harmful.tokens) == len(given.lookalikes)
-    protected = {tuple(ids[:end]) for ids, end in zip(own.benign.tokens, own.benign.ends, strict=True)}
-    assert not protected & set(map(tuple, control.harmful.tokens))
-    assert control.benign == own.benign
+    faded = [[tuple(ids) for ids in each.faded.tokens] for each in seen]
+    want = [oracle.prompt_ids(hosts("llama"), texts) for texts in (given.lookalikes, given.harmful, given.general)]
+    assert faded == want
+    own, *controls = seen
+    protected = [tuple(ids[:end]) for ids, end in zip(own.benign.tokens, own.benign.ends, strict=True)]
+    assert protected == want[2]
+    assert max(map(len, own.benign.tokens)) > max(map(len, want[2]))  # there are answers, on which no control fades
+    assert all(control.benign == own.benign for control in controls)
+
+
+def test_a_control_that_would_fade_on_the_same_prompts_is_left_out(make: Make) -> None:
+    report = compare_methods(make(unaligned=None, points=1))
+    assert report.left_out["harmful"] == "fades on the same prompts as prompts does"
+    with pytest.raises(UsageError, match="the method harmful fades on the same prompts as prompts does"):
+        compare_methods(make(methods="prompts,harmful"))
 
 
 def test_an_adapter_that_never_moved_the_host_is_left_as_it_is(make: Make, tmp_path: Path, hosts: Any) -> None:

@@ -278,10 +278,10 @@ def test_every_module_is_put_on_the_side_whose_tokens_it_reads(
     answer = [5, 9, 33]
     # The first decoder input is as long as the prompt, alone and in a batch.
     as_long = [11, *answer, 12][-(len(PREFIX[kind]) + len(answer)) :]
-    harmful: list[Exchange] = [([4, 5, 6, 7], []), ([8, 41, 22, 60, 3, 30, 17], []), ([9, 7], [])]
+    faded: list[Exchange] = [([4, 5, 6, 7], []), ([8, 41, 22, 60, 3, 30, 17], []), ([9, 7], [])]
     benign: list[Exchange] = [(as_long, answer), ([20, 21, 7, 9, 14, 15, 40], [4, 8]), ([30, 3, 9], [])]
-    prompts = DirectionPrompts(side_of(harmful), side_of(benign))
-    groups = group_sites(host, sites, harmful[0][0])
+    prompts = DirectionPrompts(side_of(faded), side_of(benign))
+    groups = group_sites(host, sites, faded[0][0])
     found = {
         name: each
         for group, each in collect_moments(host, groups, prompts, CPU, lambda _: None).items()
@@ -289,7 +289,7 @@ def test_every_module_is_put_on_the_side_whose_tokens_it_reads(
     }
     model = oracle.load(folder(kind), torch.float64)
     assert found.keys() == {site.name for site in sites}
-    for label, exchanges in (("harmful", harmful), ("benign", benign)):
+    for label, exchanges in (("faded", faded), ("benign", benign)):
         wanted = moments(kind, model, list(found), exchanges)
         for name, each in found.items():
             have = getattr(each, label)

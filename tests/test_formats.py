@@ -525,12 +525,12 @@ def test_strict_refuses_what_acts_beside_the_updates(
     assert not (tmp_path / "out").exists()
 
 
-def test_experts_that_no_harmful_token_reaches_keep_their_updates_and_are_named(
+def test_experts_that_no_token_reaches_keep_their_updates_and_are_named(
     fix: Callable[..., tuple[Path, Path, FixReport]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(effects, "prompt_effects", _without_harm_in_expert_3(effects.prompt_effects))
+    monkeypatch.setattr(effects, "prompt_effects", _without_tokens_in_expert_3(effects.prompt_effects))
     _, _, report = fix("mixtral", {"target_modules": [], "target_parameters": EXPERTS[:1]}, strength=1.0)
-    (warning,) = [text for text in report.warnings if "no token of a harmful prompt" in text]
+    (warning,) = [text for text in report.warnings if "no token of the prompts" in text]
     assert "2 of 8 adapted experts" in warning
     assert "experts.gate_up_proj[3]" in warning
 
@@ -552,10 +552,10 @@ def test_an_expert_that_alignment_left_alone_is_not_called_unreached(
     assert warning.startswith("host and unaligned model do not differ in 2 modules, left unchanged")
 
 
-def _without_harm_in_expert_3(original: Callable[..., list[effects.Effect]]) -> Callable[..., list[effects.Effect]]:
+def _without_tokens_in_expert_3(original: Callable[..., list[effects.Effect]]) -> Callable[..., list[effects.Effect]]:
     def changed(*args: Any) -> list[effects.Effect]:
         return [
-            replace(effect, before={**effect.before, "harmful": 0.0}) if effect.name.endswith("[3]") else effect
+            replace(effect, before={**effect.before, "faded": 0.0}) if effect.name.endswith("[3]") else effect
             for effect in original(*args)
         ]
 

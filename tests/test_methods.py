@@ -33,6 +33,7 @@ from csulora_cli.methods.method import (
     random_basis,
     seeded,
 )
+from csulora_cli.promptset import Prompts
 from csulora_cli.solver.displacement import leading_directions
 
 QUICK = settings(max_examples=25, deadline=None)
@@ -54,10 +55,10 @@ class Case:
     @property
     def dense_moments(self) -> tuple[Tensor, Tensor]:
         """C_h and C_b."""
-        harmful, benign = self.moments.harmful, self.moments.benign
+        faded, benign = self.moments.faded, self.moments.benign
         if self.moments.form is Form.TOKENS:
-            return harmful @ harmful.mT, benign @ benign.mT
-        return harmful, benign
+            return faded @ faded.mT, benign @ benign.mT
+        return faded, benign
 
 
 def draw_case(seed: int, count: int, out: int, width: int, rank: int, size: float, are_tokens: bool) -> Case:
@@ -73,16 +74,16 @@ def draw_case(seed: int, count: int, out: int, width: int, rank: int, size: floa
         modules.append(Site(name, draw(rank, width).float(), draw(out, rank).float(), scale * rank, scale))
         decay = torch.arange(1, min(out, width) + 1, dtype=torch.float64).pow(-1.5)
         displacements[name] = size * draw(out, min(out, width)) * decay @ draw(min(out, width), width)
-    harmful, benign = draw(width, 3 * width), draw(width, 2 * width)
-    harmful[0] *= 5
+    faded, benign = draw(width, 3 * width), draw(width, 2 * width)
+    faded[0] *= 5
     if not are_tokens:
-        harmful, benign = harmful @ harmful.mT, benign @ benign.mT
+        faded, benign = faded @ faded.mT, benign @ benign.mT
     else:
-        harmful, benign = harmful[:, : width // 2 + 1], benign[:, :2]
+        faded, benign = faded[:, : width // 2 + 1], benign[:, :2]
     return Case(
         tuple(modules),
         displacements,
-        Moments(harmful / width, benign / width, Form.TOKENS if are_tokens else Form.MOMENT),
+        Moments(faded / width, benign / width, Form.TOKENS if are_tokens else Form.MOMENT),
     )
 
 
@@ -154,7 +155,7 @@ def test_the_registry_holds_the_field() -> None:
     assert list(REGISTRY) == [
         "prompts", "keep-out", "keep-out-protect", "keep-in",
         "safelora-threshold", "safelora-number", "safelora-projector", "lssf", "resta", "s3lora",
-        "shrink", "random-keep-in", "random-keep-out", "rotated", "benign",
+        "shrink", "random-keep-in", "random-keep-out", "rotated", "harmful", "benign",
     ]  # fmt: skip
     assert {method.family for method in REGISTRY.values()} == set(Family)
 
@@ -243,7 +244,8 @@ def test_methods_are_chosen_by_name_and_by_what_they_need() -> None:
     assert [method.name for method in everything.methods] == list(REGISTRY)
     assert everything.left_out == {}
     without = choose(None, has_unaligned=False)
-    assert [method.name for method in without.methods] == ["prompts", "s3lora", "shrink", "rotated", "benign"]
+    controls = ["shrink", "rotated", "harmful", "benign"]
+    assert [method.name for method in without.methods] == ["prompts", "s3lora", *controls]
     assert without.left_out == {
         name: "needs the unaligned checkpoint" for name in REGISTRY if methods.needs_displacement(REGISTRY[name])
     }
@@ -255,7 +257,7 @@ def test_methods_are_chosen_by_name_and_by_what_they_need() -> None:
     with pytest.raises(UsageError, match="names nonsense"):
         choose(("prompts", "nonsense"), has_unaligned=True)
     blind = choose(None, has_unaligned=True, to_prompts="cannot be run")
-    assert set(blind.left_out) == {"prompts", "keep-out-protect", "rotated", "benign"}
+    assert set(blind.left_out) == {"prompts", "keep-out-protect", "rotated", "harmful", "benign"}
     with pytest.raises(UsageError, match="keep-out needs the unaligned"):
         choose(("keep-out",), has_unaligned=False)
     with pytest.raises(UsageError, match="lssf makes a lora_B"):
@@ -430,7 +432,7 @@ def test_moments_along_directions_take_the_memory_that_is_counted(kind: Kind, fo
     held = 0
     for name in group.members:
         along = moments.along(name, torch.eye(64)[:, :k])
-        held += 8 * (along.harmful.numel() + along.benign.numel())
+        held += 8 * (along.faded.numel() + along.benign.numel())
         held += 0 if along.form is Form.TOKENS else 8 * along.shared(0.0)[1].numel()
     bases = {name: torch.zeros(64, k) for name in group.members}
     assert Confined(bases).own_bytes([group], (tokens // 2, tokens // 2)) == held
@@ -492,7 +494,7 @@ def test_a_rotation_keeps_the_spectrum_and_turns_the_directions(case: Case) -> N
     moments = case.moments
     turned = rotated.rotated(moments, "layers.0.proj")
     assert torch.equal(turned.benign, moments.benign)
-    before, after = moments.harmful, turned.harmful
+    before, after = moments.faded, turned.faded
     assert after.shape == before.shape
     if moments.form is Form.TOKENS:
         assert close(after.mT @ after, before.mT @ before, 1e-9)
@@ -501,12 +503,22 @@ def test_a_rotation_keeps_the_spectrum_and_turns_the_directions(case: Case) -> N
     assert not close(after, before, 1e-2)
 
 
-def test_the_benign_control_is_the_prompts_method_on_other_prompts() -> None:
-    control, own = REGISTRY["benign"], REGISTRY["prompts"]
-    assert isinstance(control, MomentsMethod)
+def test_controls_are_the_prompts_method_on_other_prompts_if_these_are_others() -> None:
+    told_apart, harm_alone = Prompts(("h",), ("l",), ("g",)), Prompts(("h",), ("l",), ())
+    own = REGISTRY["prompts"]
     assert isinstance(own, MomentsMethod)
-    assert control.solve is own.solve
-    assert (own.reads_harmful, control.reads_harmful) == (True, False)
+    assert own.fades_on(told_apart) == ("l",)
+    for name, prompts in (("harmful", ("h",)), ("benign", ("g",))):
+        control = REGISTRY[name]
+        assert isinstance(control, MomentsMethod)
+        assert control.solve is own.solve
+        assert control.fades_on(told_apart) == prompts
+    assert "harmful" not in choose(None, has_unaligned=True, directions=told_apart).left_out
+    assert choose(None, has_unaligned=True, directions=harm_alone).left_out == {
+        "harmful": "fades on the same prompts as prompts does"
+    }
+    with pytest.raises(UsageError, match="the method harmful fades on the same prompts"):
+        choose(("harmful",), has_unaligned=True, directions=harm_alone)
 
 
 def test_a_random_basis_is_uniform_in_sign_and_depends_on_the_name() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import alternate_kinds
+from conftest import tell_kinds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from overlap import near_duplicates
@@ -165,7 +165,7 @@ def test_benign_prompts_are_look_alikes_unless_they_say_otherwise(tmp_path: Path
 
 def test_a_file_that_alternates_kinds_has_both_in_every_split(tmp_path: Path) -> None:
     rows = lines()
-    alternate_kinds(rows)
+    tell_kinds(rows)
     found = load_prompts(write(tmp_path, rows))
     assert [len(split(found, name).lookalikes) for name in SPLITS] == [4, 2, 2]
     assert [len(split(found, name).general) for name in SPLITS] == [4, 2, 2]
@@ -301,6 +301,8 @@ def test_general_prompts_are_protected_and_all_benign_ones_where_there_are_none(
     assert Prompts(("h",), ("l",), ()).protected == ("l",)
 
 
-def test_look_alikes_fade_beside_harmful_prompts_unless_they_are_what_is_protected() -> None:
-    assert Prompts(("h",), ("l",), ("g",)).faded == ("h", "l")
+def test_look_alikes_fade_unless_they_are_what_is_protected_and_harmful_prompts_where_these_are_few() -> None:
+    assert Prompts(("h", "i"), ("l",), ("g",)).faded == ("l",)
+    assert Prompts(("h", "i", "j"), ("l",), ("g",)).faded == ("h", "i", "j", "l")
+    assert Prompts(("h",), (), ("g",)).faded == ("h",)
     assert Prompts(("h",), ("l",), ()).faded == ("h",)

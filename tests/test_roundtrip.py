@@ -173,19 +173,26 @@ def test_written_adapter_loads_everywhere_and_merges_to_the_promised_update(
         assert all(same_bits(before[key], after[key]) for key in before if ".lora_B." in key)
 
 
-def test_look_alikes_fade_beside_the_harmful_prompts(
+@pytest.mark.parametrize(
+    ("every", "counts"),
+    [
+        (2, {"harmful": 0, "lookalikes": 4, "benign": 4}),
+        (6, {"harmful": 8, "lookalikes": 2, "benign": 6}),
+    ],
+)
+def test_look_alikes_fade_in_the_place_of_harmful_prompts_or_beside_them_where_they_are_few(
     hosts: Callable[..., Path],
     adapters: Callable[..., Path],
     uneven: Path,
     fix: Callable[..., tuple[Path, FixReport]],
     tmp_path: Path,
+    every: int,
+    counts: dict[str, int],
 ) -> None:
-    kinds = with_kinds(uneven, tmp_path / "kinds.jsonl")
+    kinds = with_kinds(uneven, tmp_path / "kinds.jsonl", every)
     adapter = adapters("llama")
     out, report = fix("llama", adapter, "prompts", prompts=kinds)
-    counts = report.prompt_counts["directions"]
-    assert counts["lookalikes"] > 0
-    assert counts["benign"] > 0
+    assert report.prompt_counts["directions"] == counts
     wanted = promised(hosts("llama"), hosts("llama", seed=7), adapter, kinds, "prompts", report.strength.value)
     assert_merges_to(hosts("llama"), out, wanted)
     plain = promised(hosts("llama"), hosts("llama", seed=7), adapter, uneven, "prompts", report.strength.value)

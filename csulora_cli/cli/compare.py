@@ -31,7 +31,7 @@ def compare(
             metavar="NAME,…",
             help="Of csulora: prompts, keep-out, keep-out-protect, keep-in. Peers: safelora-threshold, "
             "safelora-number, safelora-projector, lssf, resta, s3lora. Controls: shrink, random-keep-in, "
-            "random-keep-out, rotated, benign. Default: all that the inputs allow.",
+            "random-keep-out, rotated, harmful, benign. Default: all that the inputs allow.",
             rich_help_panel=_COMPARED,
         ),
     ] = None,

@@ -239,10 +239,9 @@ def _source_lines(report: FixReport) -> list[str]:
         lines.append(f"weights, {used['geometry']}, {held} directions a module")
     if "protect" in used:
         counts = report.prompt_counts["directions"]
-        lookalikes = f", {counts['lookalikes']} look-alikes" if counts["lookalikes"] else ""
-        lines.append(
-            f"prompts, {counts['harmful']} harmful{lookalikes} and {counts['benign']} benign, β = {used['protect']:g}"
-        )
+        kinds = {"harmful": "harmful", "lookalikes": "look-alikes"}
+        faded = ", ".join(f"{counts[kind]} {name}" for kind, name in kinds.items() if counts[kind])
+        lines.append(f"prompts, {faded} and {counts['benign']} benign, β = {used['protect']:g}")
     return lines
 
 

@@ -76,20 +76,20 @@ def prompt_effects(
     progress: Progress,
     bases: Mapping[str, Tensor] | None = None,
 ) -> list[Effect]:
-    """Effects of a prompts repair on the direction prompts: energies `harmful` and `benign`.
+    """Effects of a prompts repair on the direction prompts: energies `faded` and `benign`.
 
-    harmful is ‖Δ C_h^½‖² / ‖Δ‖²: 1 means "as strong on harmful prompts as on any input of the same size". With bases V
-    (`prompts_source.Confined`), both are of what the updates read along V: VVᵀx in the place of every input x.
+    faded is ‖Δ C_h^½‖² / ‖Δ‖²: 1 means "as strong on prompts where it is to fade as on any input of the same size".
+    With bases V (`prompts_source.Confined`), both are of what the updates read along V: VVᵀx in the place of every x.
     """
     by_name = {site.name: site for site in sites}
-    progress.stage("check", len(prompts.harmful.tokens) + len(prompts.benign.tokens))
+    progress.stage("check", len(prompts.faded.tokens) + len(prompts.benign.tokens))
 
     def run(side: Side) -> dict[str, _Gram]:
         return host.batch_size.restarting(
             lambda tell: _Grams(host, groups, by_name, repaired, bases or {}).run(side, tell), progress.advance
         )
 
-    grams = {"harmful": run(prompts.harmful), "benign": run(prompts.benign)}
+    grams = {"faded": run(prompts.faded), "benign": run(prompts.benign)}
     return [
         _prompt_effect(site, repaired[site.name], {label: gram[site.name] for label, gram in grams.items()},
                        protect, strength)
@@ -116,8 +116,8 @@ def _prompt_effect(
         distance * unit,
         before,
         after,
-        attenuate.penalised_change(0, 0, before["harmful"], protect, strength),
-        attenuate.penalised_change(distance * unit, changed, after["harmful"], protect, strength),
+        attenuate.penalised_change(0, 0, before["faded"], protect, strength),
+        attenuate.penalised_change(distance * unit, changed, after["faded"], protect, strength),
         {},
     )
 

@@ -76,11 +76,11 @@ class Moments:
     """One group's inputs on the direction prompts, scaled to trace `in`, float64.
 
     Attributes:
-        harmful, benign: C_h and C_b, H and G, or the diagonals of C_h and C_b, as `form` says.
+        faded, benign: C_h and C_b, H and G, or the diagonals of C_h and C_b, as `form` says.
         form: which of them.
     """
 
-    harmful: Tensor
+    faded: Tensor
     benign: Tensor
     form: Form
     _shared: dict[float, tuple[Tensor | None, Tensor]] = field(
@@ -90,14 +90,14 @@ class Moments:
 
     def to(self, device: torch.device) -> "Moments":
         """The same on a device."""
-        harmful, benign = self.harmful.to(device), self.benign.to(device)
-        return self if harmful is self.harmful else replace(self, harmful=harmful, benign=benign)
+        faded, benign = self.faded.to(device), self.benign.to(device)
+        return self if faded is self.faded else replace(self, faded=faded, benign=benign)
 
     def shared(self, protect: float) -> tuple[Tensor | None, Tensor]:
         """What all λ share at β, (in, in) each: C_b made `definite` (None without β), and K. Of form MOMENT alone."""
         if protect not in self._shared:
             benign = definite(self.benign, protect)
-            self._shared[protect] = benign, contrast(self.harmful, benign, protect)
+            self._shared[protect] = benign, contrast(self.faded, benign, protect)
         return self._shared[protect]
 
     def along(self, name: str, basis: Tensor) -> "Moments":
@@ -109,9 +109,9 @@ class Moments:
         """
         known = self._along.get(name)
         if known is None or known[0] is not basis:
-            wide = basis.to(self.harmful)
-            harmful, benign = (self._projected(side, wide) for side in (self.harmful, self.benign))
-            known = self._along[name] = basis, Moments(harmful, benign, self.form.along)
+            wide = basis.to(self.faded)
+            faded, benign = (self._projected(side, wide) for side in (self.faded, self.benign))
+            known = self._along[name] = basis, Moments(faded, benign, self.form.along)
         return known[1]
 
     def _projected(self, side: Tensor, basis: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ def encode_prompts(host: Host, prompts: Prompts) -> Encoded:
     return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.benign])
 
 
-def encode_directions(host: Host, prompts: Prompts) -> Encoded:
-    """The direction prompts through the host's chat template: the harmful side (`faded`), and what is protected."""
-    return Encoded([host.encode(text) for text in prompts.faded], [host.encode(text) for text in prompts.protected])
+def encode_directions(host: Host, prompts: Prompts) -> tuple[list[list[int]], list[list[int]]]:
+    """What an update fades on and what is protected of the direction prompts, through the host's chat template."""
+    return [host.encode(text) for text in prompts.faded], [host.encode(text) for text in prompts.protected]
 
 
 @dataclass(frozen=True)
@@ -179,27 +179,32 @@ def _weights(side: Padded, turn: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DirectionPrompts:
-    """What gives the directions: H from `harmful` (with look-alikes of such prompts), G from `benign`."""
+    """What gives the directions: H from `faded`, where an update is to fade, G from `benign`, where it is to stay."""
 
-    harmful: Side
+    faded: Side
     benign: Side
 
     @classmethod
-    def of(cls, prompts: Encoded, answers: Sequence[Sequence[int]] | None = None) -> "DirectionPrompts":
-        """Prompts, the benign ones with answers to them (in their order) if there are any."""
-        turn = common_end([*prompts.harmful, *prompts.benign])
-        benign = (
-            [[*prompt, *answer] for prompt, answer in zip(prompts.benign, answers, strict=True)] if answers else None
-        )
-        return cls(
-            Side(prompts.harmful, [len(ids) for ids in prompts.harmful], turn),
-            Side(benign or prompts.benign, [len(ids) for ids in prompts.benign], turn),
-        )
+    def of(
+        cls, faded: list[list[int]], benign: list[list[int]], answers: Sequence[Sequence[int]] | None = None
+    ) -> "DirectionPrompts":
+        """Token ids of prompts, the benign ones with answers to them (in their order) if there are any."""
+        turn = common_end([*faded, *benign])
+        answered = [[*prompt, *answer] for prompt, answer in zip(benign, answers, strict=True)] if answers else benign
+        return cls(Side(faded, _lengths(faded), turn), Side(answered, _lengths(benign), turn))
+
+    def fading_on(self, prompts: list[list[int]]) -> "DirectionPrompts":
+        """The same with other prompts, as token ids, in the place of those that the update fades on."""
+        return replace(self, faded=Side(prompts, _lengths(prompts), self.faded.turn))
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """How many tokens the harmful and the benign side have."""
-        return sum(map(len, self.harmful.tokens)), sum(map(len, self.benign.tokens))
+        """How many tokens the faded and the benign side have."""
+        return sum(map(len, self.faded.tokens)), sum(map(len, self.benign.tokens))
+
+
+def _lengths(prompts: list[list[int]]) -> list[int]:
+    return [len(ids) for ids in prompts]
 
 
 def common_end(token_lists: Sequence[Sequence[int]]) -> int:
@@ -337,7 +342,7 @@ def _collect(
 ) -> dict[InputGroup, Moments]:
     tokens = prompts.tokens
     sides: list[dict[InputGroup, Tensor]] = []
-    for side in (prompts.harmful, prompts.benign):
+    for side in (prompts.faded, prompts.benign):
         sums = {group: _Sum(group, form_of(group, tokens), device) for group in groups}
         takers = {group: sums[group].add for group in groups}
         for batch in side.batches(host):

@@ -1,4 +1,4 @@
-"""Source "prompts": the closest updates that fade on what the host reads in harmful prompts.
+"""Source "prompts": the closest updates that fade on what the host reads in prompts that look harmful.
 
 `Confined` lets them change on some directions of their inputs alone, for keep-out that protects.
 """
@@ -14,11 +14,11 @@ from csulora_cli.engine.host import Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
     DirectionPrompts,
-    Encoded,
     Form,
     InputGroup,
     Moments,
     collect_moments,
+    encode_directions,
     form_bytes,
     form_of,
     group_bytes,
@@ -29,6 +29,7 @@ from csulora_cli.engine.memory import is_out_of_memory, release_memory, with_cpu
 from csulora_cli.engine.progress import Progress
 from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Site
+from csulora_cli.promptset import Prompts
 from csulora_cli.solver.attenuate import by_diagonal, by_moments, by_tokens
 from csulora_cli.text import some
 
@@ -38,11 +39,12 @@ PROTECTED_TOKENS = 48
 Solver = Callable[[Sequence[Site], Moments, float, float], dict[str, Factors]]
 
 
-def protecting(host: Host, prompts: Encoded, adapter: Update, progress: Progress) -> DirectionPrompts:
+def protecting(host: Host, prompts: Prompts, adapter: Update, progress: Progress) -> DirectionPrompts:
     """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
-    progress.stage("answers", len(prompts.benign))
+    faded, benign = encode_directions(host, prompts)
+    progress.stage("answers", len(benign))
     with host.adapted(adapter):
-        return DirectionPrompts.of(prompts, host.generate(prompts.benign, PROTECTED_TOKENS, progress.advance))
+        return DirectionPrompts.of(faded, benign, host.generate(benign, PROTECTED_TOKENS, progress.advance))
 
 
 def closest(members: Sequence[Site], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
@@ -57,7 +59,7 @@ def closest(members: Sequence[Site], moments: Moments, protect: float, strength:
     Returns:
         A' in float32, B as stored, by site name.
     """
-    stacked = torch.cat([site.lora_a.to(moments.harmful.device, torch.float64) for site in members])  # (Σr, in)
+    stacked = torch.cat([site.lora_a.to(moments.faded.device, torch.float64) for site in members])  # (Σr, in)
     solved = _faded(stacked, moments, protect, strength).float().cpu()
     pieces = torch.split(solved, [site.rank for site in members])
     return {site.name: replace(Factors.of(site), lora_a=piece) for site, piece in zip(members, pieces, strict=True)}
@@ -83,7 +85,7 @@ class Confined:
         own = self.bases[site.name]
         if own.shape[1] == 0:
             return Factors.of(site)
-        basis, lora_a = own.to(moments.harmful), site.lora_a.to(moments.harmful)
+        basis, lora_a = own.to(moments.faded), site.lora_a.to(moments.faded)
         along = lora_a @ basis  # (r, k)
         change = _faded(along, moments.along(site.name, own), protect, strength) - along
         return replace(Factors.of(site), lora_a=(lora_a + change @ basis.mT).float().cpu())
@@ -101,9 +103,9 @@ def _faded(lora_a: Tensor, moments: Moments, protect: float, strength: float) ->
     """A' of stacked A's, (Σr, in), by the closed form that fits the moments."""
     if moments.form is Form.MOMENT:
         benign, contrasted = moments.shared(protect)
-        return by_moments(lora_a, moments.harmful, benign, protect, strength, contrasted)
+        return by_moments(lora_a, moments.faded, benign, protect, strength, contrasted)
     solve = by_tokens if moments.form is Form.TOKENS else by_diagonal
-    return solve(lora_a, moments.harmful, moments.benign, protect, strength)
+    return solve(lora_a, moments.faded, moments.benign, protect, strength)
 
 
 class PromptsPath:
@@ -127,7 +129,7 @@ class PromptsPath:
         self.sites = {site.name: site for site in sites}
         self.protect = protect
         self._device = solver_device(host.device)
-        self.groups = group_sites(host, sites, prompts.harmful.tokens[0])
+        self.groups = group_sites(host, sites, prompts.faded.tokens[0])
         self._idle = self._idle_sites()
         self._moments: dict[InputGroup, Moments] = {}
         self._solved: dict[tuple[Solver, float], dict[str, Factors]] = {}
@@ -158,7 +160,7 @@ class PromptsPath:
         return of_all(group_bytes(group, self._prompts.tokens) for group in self.groups)
 
     def _collect(self) -> None:
-        self._progress.stage("prompts", len(self._prompts.harmful.tokens) + len(self._prompts.benign.tokens))
+        self._progress.stage("prompts", len(self._prompts.faded.tokens) + len(self._prompts.benign.tokens))
         self._moments = collect_moments(self._host, self.groups, self._prompts, self._device, self._progress.advance)
 
     def _collect_and_solve(self, budget_bytes: int) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from csulora_cli.errors import UsageError
 from csulora_cli.methods import (
-    benign,
     csulora_keep_in,
     csulora_keep_out,
     csulora_prompts,
     lssf,
+    other_prompts,
     random_subspace,
     resta,
     rotated,
@@ -22,12 +22,13 @@ from csulora_cli.methods import (
     shrink,
 )
 from csulora_cli.methods.method import ConfinedMethod, DirectionsMethod, DisplacementMethod, Method, MomentsMethod
+from csulora_cli.promptset import Prompts
 from csulora_cli.text import printable
 
 _FILES = (
     csulora_prompts, csulora_keep_out, csulora_keep_in,
     safelora, safelora_projector, lssf, resta, s3lora,
-    shrink, random_subspace, rotated, benign,
+    shrink, random_subspace, rotated, other_prompts,
 )  # fmt: skip
 REGISTRY: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
 
@@ -57,7 +58,11 @@ class Choice:
 
 
 def choose(
-    names: tuple[str, ...] | None, has_unaligned: bool, has_groups: bool = False, to_prompts: str | None = None
+    names: tuple[str, ...] | None,
+    has_unaligned: bool,
+    has_groups: bool = False,
+    to_prompts: str | None = None,
+    directions: Prompts | None = None,
 ) -> Choice:
     """Methods by name; None takes all that the inputs allow.
 
@@ -66,11 +71,15 @@ def choose(
         has_unaligned: whether the unaligned checkpoint is given.
         has_groups: whether the adapter has an update of a convolution with groups.
         to_prompts: why the adapter cannot be repaired by what its modules read on prompts, as a predicate.
+        directions: the direction prompts, once they are read; a control that fades on the same ones as csulora is none.
 
     Raises:
         UsageError: no name, an unknown one, or one that the inputs do not allow.
     """
-    obstacles = {method.name: _obstacle(method, has_unaligned, has_groups, to_prompts) for method in REGISTRY.values()}
+    obstacles = {
+        method.name: _obstacle(method, has_unaligned, has_groups, to_prompts, directions)
+        for method in REGISTRY.values()
+    }
     if names is None:
         left_out = {name: obstacle[0] for name, obstacle in obstacles.items() if obstacle is not None}
         return Choice(tuple(method for name, method in REGISTRY.items() if name not in left_out), left_out)
@@ -85,7 +94,9 @@ def choose(
     return Choice(tuple(method for name, method in REGISTRY.items() if name in names), {})
 
 
-def _obstacle(method: Method, has_unaligned: bool, has_groups: bool, to_prompts: str | None) -> tuple[str, str] | None:
+def _obstacle(
+    method: Method, has_unaligned: bool, has_groups: bool, to_prompts: str | None, directions: Prompts | None
+) -> tuple[str, str] | None:
     """What a method does that the inputs do not allow, as a predicate, and what to do about it."""
     if needs_displacement(method) and not has_unaligned:
         return "needs the unaligned checkpoint", "Add --unaligned MODEL."
@@ -94,4 +105,6 @@ def _obstacle(method: Method, has_unaligned: bool, has_groups: bool, to_prompts:
         return reason, "Leave it out of --methods."
     if to_prompts is not None and needs_moments(method):
         return to_prompts, "Leave it out of --methods."
+    if directions is not None and method in other_prompts.METHODS and method.fades_on(directions) == directions.faded:
+        return "fades on the same prompts as prompts does", "Leave it out of --methods."
     return None

@@ -37,7 +37,7 @@ METHODS = (
     ConfinedMethod(
         name="keep-out-protect",
         family=Family.CSULORA,
-        summary="keep-out where harmful prompts outweigh benign ones",
+        summary="keep-out where what looks harmful outweighs the rest",
         symbol=_PROMPTS[0].symbol,
         grid=_PROMPTS[0].grid,
         has_auto=True,

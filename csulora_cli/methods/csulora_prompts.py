@@ -1,4 +1,4 @@
-"""csulora, source prompts: the update fades on what the host reads in harmful prompts, and holds on benign ones.
+"""csulora, source prompts: updates fade on what the host reads in prompts that look harmful, and hold on benign ones.
 
     A' = A M (M + λ²C_h M⁻¹C_h)⁻¹,   M = I + βC_b,   B' = B
 
@@ -12,7 +12,7 @@ METHODS = (
     MomentsMethod(
         name="prompts",
         family=Family.CSULORA,
-        summary="fades on harmful prompts, holds on benign ones",
+        summary="fades on what looks harmful, holds on benign prompts",
         symbol="λ",
         grid=logarithmic(0.25, 64),
         has_auto=True,

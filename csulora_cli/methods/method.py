@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from csulora_cli.engine.attach import Factors
 from csulora_cli.engine.prompts_source import Solver
 from csulora_cli.formats.site import Site
+from csulora_cli.promptset import Prompts
 from csulora_cli.solver.displacement import Directions
 
 Observation = TypeVar("Observation")
@@ -110,11 +112,11 @@ class MomentsMethod(Method):
 
     Attributes:
         solve: the factors of the modules that read one input.
-        reads_harmful: whether C_h comes from the harmful prompts, as its name says; if not, from the benign ones.
+        fades_on: the direction prompts that C_h comes from.
     """
 
     solve: Solver
-    reads_harmful: bool = True
+    fades_on: Callable[[Prompts], tuple[str, ...]] = attrgetter("faded")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Control: the prompts source with the harmful prompts' covariance turned at random.
+"""Control: the prompts source with the covariance of what fades turned at random.
 
     C_h ← R C_h Rᵀ,   R orthogonal, uniformly distributed
 
@@ -24,16 +24,16 @@ def rotated(moments: Moments, name: str) -> Moments:
     Of tokens H, (in, N), only R·range(H) is drawn: with H = QT, RH = Q'T for a random orthonormal Q'. That has the
     distribution of RH and costs O(in·N²), not O(in³).
     """
-    harmful, generator = moments.harmful, seeded(name)
+    faded, generator = moments.faded, seeded(name)
     if moments.form is Form.DIAGONAL:  # of an embedding: the tokens change places, since a turned diagonal is none
-        places = torch.randperm(len(harmful), generator=generator).to(harmful.device)
-        return replace(moments, harmful=harmful[places])
+        places = torch.randperm(len(faded), generator=generator).to(faded.device)
+        return replace(moments, faded=faded[places])
     if moments.form is Form.MOMENT:
-        rotation = random_basis(harmful.shape[0], harmful.shape[0], generator).to(harmful.device)  # (in, in)
-        return replace(moments, harmful=rotation @ harmful @ rotation.mT)
-    triangle = torch.linalg.qr(harmful, mode="r").R  # T, (p, N)
-    basis = random_basis(harmful.shape[0], triangle.shape[0], generator).to(harmful.device)  # Q', (in, p)
-    return replace(moments, harmful=basis @ triangle)
+        rotation = random_basis(faded.shape[0], faded.shape[0], generator).to(faded.device)  # (in, in)
+        return replace(moments, faded=rotation @ faded @ rotation.mT)
+    triangle = torch.linalg.qr(faded, mode="r").R  # T, (p, N)
+    basis = random_basis(faded.shape[0], triangle.shape[0], generator).to(faded.device)  # Q', (in, p)
+    return replace(moments, faded=basis @ triangle)
 
 
 def solve(members: Sequence[Site], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
@@ -45,7 +45,7 @@ METHODS = (
     MomentsMethod(
         name="rotated",
         family=Family.CONTROL,
-        summary="prompts, harmful covariance turned at random",
+        summary="prompts, the covariance of what fades turned at random",
         symbol=_OWN[0].symbol,
         grid=_OWN[0].grid,
         has_auto=True,

@@ -5,7 +5,7 @@ From prompts (our own formulation), with M = I + βC_b and K = C_h M⁻¹ C_h:
     min_X ‖(X − Δ) M^½‖² + λ²‖X K^½‖²   ⇒   A' = A M (M + λ²K)⁻¹,   B' = B
 
 Where C_h v = μ M v, what the update does to v is divided by 1 + λ²μ². A penalty λ‖X C_h^½‖² would divide it by 1 + λμ,
-which takes more from what is mostly benign by the time it has faded as far on what is harmful.
+which takes more from what is mostly benign by the time it has faded as far on what is to fade.
 
 Three ways to the same A', for three shapes of C_h and C_b. 1/(1 + λ²μ²) is the real part of 1/(1 + iλμ), so that the
 solution is the real part of the one with a penalty of iλ,
@@ -46,29 +46,29 @@ def definite(benign: Tensor | None, protect: float) -> Tensor | None:
     return nearest
 
 
-def contrast(harmful: Tensor, benign: Tensor | None, protect: float) -> Tensor:
+def contrast(faded: Tensor, benign: Tensor | None, protect: float) -> Tensor:
     """K = C_h (I + βC_b)⁻¹ C_h.
 
     Args:
-        harmful: C_h, (in, in), symmetric positive semi-definite.
+        faded: C_h, (in, in), symmetric positive semi-definite.
         benign: C_b, (in, in), `definite`; None for β = 0.
         protect: β >= 0.
 
     Returns:
         (in, in), float64. Cost about 7/3·in³.
     """
-    harmful = harmful.double()
+    faded = faded.double()
     if benign is None or protect == 0:
-        return harmful @ harmful
+        return faded @ faded
     lower = torch.linalg.cholesky(_with_identity(protect * benign.double()))
-    half = torch.linalg.solve_triangular(lower, harmful, upper=False)
+    half = torch.linalg.solve_triangular(lower, faded, upper=False)
     product: Tensor = half.mT @ half
     return product
 
 
 def by_moments(
     lora_a: Tensor,
-    harmful: Tensor,
+    faded: Tensor,
     benign: Tensor | None,
     protect: float,
     strength: float,
@@ -80,7 +80,7 @@ def by_moments(
 
     Args:
         lora_a: A, (r, in).
-        harmful: C_h, (in, in), symmetric positive semi-definite.
+        faded: C_h, (in, in), symmetric positive semi-definite.
         benign: C_b, (in, in), or None for β = 0.
         protect: β >= 0.
         strength: λ >= 0; 0 gives A back.
@@ -96,7 +96,7 @@ def by_moments(
         load = strength * strength * contrasted
         lower = torch.linalg.cholesky(_with_identity(load + protected))
         return lora_a - torch.cholesky_solve((lora_a @ load).mT, lower).mT
-    turned = 1j * strength * harmful.double()
+    turned = 1j * strength * faded.double()
     system = _with_identity(turned + protected)
     removed: Tensor = torch.linalg.solve(system, lora_a.to(turned.dtype) @ turned, left=False)
     return lora_a - removed.real
@@ -108,7 +108,7 @@ def _with_identity(moment: Tensor) -> Tensor:
     return moment
 
 
-def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
+def by_tokens(lora_a: Tensor, faded: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
     """A' from the tokens themselves: best where `in` is larger than their number.
 
     With S = [H, G], w = √(iλ) for a column of H and √β for one of G, and W = I + wᵀ∘SᵀS∘w, Woodbury's identity gives
@@ -116,7 +116,7 @@ def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: f
 
     Args:
         lora_a: A, (r, in).
-        harmful: H, (in, N), scaled so that HHᵀ = C_h.
+        faded: H, (in, N), scaled so that HHᵀ = C_h.
         benign: G, (in, N_b), scaled so that GGᵀ = C_b, or None for β = 0.
         protect: β >= 0.
         strength: λ >= 0; 0 gives A back.
@@ -125,12 +125,12 @@ def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: f
         (r, in), float64. Cost 8/3·(N + N_b)³ + O(in·(N + N_b)²).
     """
     lora_a = lora_a.double()
-    harmful = harmful.double()
+    faded = faded.double()
     turn = cmath.sqrt(1j * strength)
-    columns, weights = harmful, lora_a.new_full((harmful.shape[1],), turn, dtype=torch.complex128)
-    right = turn * (lora_a @ harmful)  # (r, N)
+    columns, weights = faded, lora_a.new_full((faded.shape[1],), turn, dtype=torch.complex128)
+    right = turn * (lora_a @ faded)  # (r, N)
     if benign is not None and protect > 0:
-        columns = torch.cat([harmful, benign.double()], dim=1)  # S, (in, N + N_b)
+        columns = torch.cat([faded, benign.double()], dim=1)  # S, (in, N + N_b)
         weights = torch.cat([weights, weights.new_full((benign.shape[1],), math.sqrt(protect))])
         right = torch.cat([right, right.new_zeros(right.shape[0], benign.shape[1])], dim=1)
     system = weights[:, None] * (columns.mT @ columns) * weights
@@ -139,14 +139,14 @@ def by_tokens(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: f
     return lora_a - coordinates.real @ columns.mT
 
 
-def by_diagonal(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
+def by_diagonal(lora_a: Tensor, faded: Tensor, benign: Tensor | None, protect: float, strength: float) -> Tensor:
     """A' where the moments are diagonal, as those of an embedding, whose inputs are unit vectors.
 
     Each column of A is divided by 1 + (λc_h/(1 + βc_b))².
 
     Args:
         lora_a: A, (r, in).
-        harmful: the diagonal of C_h, (in,).
+        faded: the diagonal of C_h, (in,).
         benign: the diagonal of C_b, (in,), or None for β = 0.
         protect: β >= 0.
         strength: λ >= 0; 0 gives A back.
@@ -154,7 +154,7 @@ def by_diagonal(lora_a: Tensor, harmful: Tensor, benign: Tensor | None, protect:
     Returns:
         (r, in), float64. Cost O(r·in).
     """
-    ratio = strength * harmful.double()
+    ratio = strength * faded.double()
     if benign is not None:
         ratio = ratio / (1 + protect * benign.double())
     return lora_a.double() / (1 + ratio.square())
