@@ -353,11 +353,11 @@ def test_the_written_update_is_the_promised_one(
 
     texts = {label: encoded(host, each) for label, each in oracle.direction_prompts(uneven).items()}
     theirs = oracle.with_adapter(host, adapter)
-    harmful: list[Exchange] = [(ids, []) for ids in texts["harmful"]]
+    faded: list[Exchange] = [(ids, []) for ids in texts["faded"]]
     benign = [(ids, loop_answer(theirs, ids, PREFIX[kind], PROTECTED_TOKENS)) for ids in texts["benign"]]
     modules, written = oracle.peft_modules(host, adapter), oracle.peft_modules(host, out)
     model = oracle.load(host, torch.float64)
-    costs, kept = moments(kind, model, list(modules), harmful), moments(kind, model, list(modules), benign)
+    costs, kept = moments(kind, model, list(modules), faded), moments(kind, model, list(modules), benign)
     assert written.keys() == modules.keys()
     for name, dense in modules.items():
         wanted = oracle.fade(dense.update, costs[name], kept[name], protect, strength)

@@ -111,7 +111,7 @@ def test_compare_leaves_out_what_judges_by_prompts(
     settings = make(MIXED, unaligned=str(hosts("llava", change=0.3)), points=1, answer_tokens=2)
     adapter = str(tmp_path / "adapter")
     report = compare_methods(CompareSettings(adapter, **settings))
-    assert set(report.left_out) == {"prompts", "keep-out-protect", "rotated", "benign"}
+    assert set(report.left_out) == {"prompts", "keep-out-protect", "rotated", "harmful", "benign"}
     assert set(report.left_out.values()) == {"cannot judge the adapter's modules that run on no text prompt"}
     assert report.warnings[0].startswith("1 of 5 adapted modules run on none of 8 text prompts; all that is measured")
     with pytest.raises(UsageError, match="the method prompts cannot judge the adapter's modules"):
