@@ -54,8 +54,8 @@ class Prompts:
 
         Look-alikes show in which form harm is asked for, without being it. Measured on four adapters: at an equal KL to
         the host on tuning prompts, other harmful prompts came closer to the host than with harmful prompts beside or in
-        the place of look-alikes, and the adapters' tasks lost less. Half as many did as well. It made no difference
-        whether the host answers them. Benign prompts without a kind are look-alikes only beside general ones.
+        the place of look-alikes, and the adapters' tasks lost less. Half as many look-alikes were still ahead, and so
+        were those alone that the host answers. Without general prompts all benign ones are protected, and none fades.
         """
         if not self.general:
             return self.harmful
