@@ -4,23 +4,14 @@ What `benign` repairs, fading on any request repairs: it reads the prompts that 
 ones where the prompts source reads their benign look-alikes.
 """
 
+from dataclasses import replace
 from operator import attrgetter
 
-from csulora_cli.engine.prompts_source import closest
 from csulora_cli.methods.csulora_prompts import METHODS as _OWN
-from csulora_cli.methods.method import Family, MomentsMethod
+from csulora_cli.methods.method import Family
 
 METHODS = tuple(
-    MomentsMethod(
-        name=name,
-        family=Family.CONTROL,
-        summary=f"prompts, fading on {label}",
-        symbol=_OWN[0].symbol,
-        grid=_OWN[0].grid,
-        has_auto=True,
-        solve=closest,
-        fades_on=attrgetter(kind),
-    )
+    replace(_OWN[0], name=name, family=Family.CONTROL, summary=f"prompts, fading on {label}", fades_on=attrgetter(kind))
     for name, label, kind in (
         ("harmful", "harmful ones alone", "harmful"),
         ("benign", "the benign ones it protects", "protected"),

@@ -15,7 +15,7 @@ from csulora_cli.engine.inputs import Form, Moments
 from csulora_cli.engine.prompts_source import closest
 from csulora_cli.formats.site import Site
 from csulora_cli.methods.csulora_prompts import METHODS as _OWN
-from csulora_cli.methods.method import Family, MomentsMethod, random_basis, seeded
+from csulora_cli.methods.method import Family, random_basis, seeded
 
 
 def rotated(moments: Moments, name: str) -> Moments:
@@ -42,13 +42,11 @@ def solve(members: Sequence[Site], moments: Moments, protect: float, strength: f
 
 
 METHODS = (
-    MomentsMethod(
+    replace(
+        _OWN[0],
         name="rotated",
         family=Family.CONTROL,
         summary="prompts, the covariance of what fades turned at random",
-        symbol=_OWN[0].symbol,
-        grid=_OWN[0].grid,
-        has_auto=True,
         solve=solve,
     ),
 )

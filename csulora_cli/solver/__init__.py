@@ -15,7 +15,7 @@ Every variant is one problem, solved in closed form, module by module:
 | U      | left_basis       | (out, k)         | leading left singular directions of D, orthonormal                 |
 | V      | right_basis      | (in, k)          | leading right singular directions of D, orthonormal                |
 | σ      | singular_values  | (k,)             | singular values of D                                               |
-| H, G   | faded, benign    | (in, N)          | its inputs on prompts where Δ is to fade, or stay; a column a token |
+| H, G   | faded, benign    | (in, N)          | inputs where Δ is to fade, and where to stay; one column a token   |
 | C      | moment           | (in, in)         | second moment of the inputs, scaled to trace `in`                  |
 | M      | protected        | (in, in)         | I + βC_b: the metric of the prompts source                         |
 | K      | contrasted       | (in, in)         | C_h M⁻¹ C_h: its penalty                                           |
