@@ -18,7 +18,7 @@ from csulora_cli.engine import effects, strength
 from csulora_cli.engine.attach import Factors, Update
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
-from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_directions, encode_prompts
+from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_prompts
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.prompts_source import Confined, PromptsPath, closest, protecting
 from csulora_cli.engine.reach import reach_of
@@ -184,7 +184,7 @@ class _Fix:
         assert self.prompts is not None
         prompts = self.prompts.directions
         if self.settings.chosen_protect == 0 or self.settings.fixed_strength == 0:
-            return DirectionPrompts.of(*encode_directions(host, prompts))
+            return DirectionPrompts.encode(host, prompts)
         return protecting(host, prompts, Update.of(self.adapter), self.progress)
 
     def _weights(self) -> tuple[_Solution, _Effects]:
@@ -317,12 +317,10 @@ class _Fix:
         errors = writer.cast_error(self.sites, solution.factors, stored)
         records = []
         for site, effect in zip(self.sites, found, strict=True):
-            # At the minimum a rounding of relative size e adds e² to each of the objective's terms.
-            weight = 1 + solution.strength.value + self.settings.chosen_protect
             error = errors[site.name] + solution.truncation_error.get(site.name, 0.0)
-            slack = 1e-9 + 4 * weight * error**2
+            slack = 1e-9 + 4 * effect.weight * error**2
             if self.settings.fades_on_prompts:  # another objective is minimised, so that this one has a slope
-                slack += 2 * math.sqrt(weight * effect.objective_before) * error
+                slack += 2 * math.sqrt(effect.weight * effect.objective_before) * error
             if not effect.objective_after <= effect.objective_before * (1 + 1e-6) + slack:  # also for NaN
                 raise VerificationError(
                     f"module '{printable(site.name)}' came out worse than it went in: objective "

@@ -186,24 +186,25 @@ def fade_on_prompts(
     ends = [ids[::-1] for ids in (*prompts["faded"], *prompts["benign"])]
     turn = next((place for place, tokens in enumerate(zip(*ends, strict=False)) if len(set(tokens)) > 1), 10**9)
     turn = min(turn, *(len(tokens) - 1 for tokens in ends))
+    is_causal = not json.loads((host / "config.json").read_text()).get("is_encoder_decoder", False)
+    has_sink = is_causal and len({tokens[-1] for tokens in ends}) == 1
     answered = with_answers(host, adapter, prompts["benign"], answer_tokens)
-    sides = {}
-    for label, token_lists in (("faded", prompts["faded"]), ("benign", answered)):
-        counts = [
-            25.0 if len(prompt) - turn <= place < len(prompt) else 1.0
-            for prompt, ids in zip(prompts[label], token_lists, strict=True)
-            for place in range(len(ids))
-        ]
+    moments: dict[str, dict[str, Tensor]] = {}
+    for label, token_lists, sink in (("faded", prompts["faded"], 0.04), ("benign", answered, 1.0)):
+        counts, is_sink = [], []
+        for prompt, ids in zip(prompts[label], token_lists, strict=True):
+            own = [25.0 if len(prompt) - turn <= place < len(prompt) else 1.0 for place in range(len(ids))]
+            counts += [sink, *own[1:]] if has_sink else own
+            is_sink += [has_sink] + [False] * len(own[1:])
         read = inputs(host, list(modules), token_lists)
-        sides[label] = {name: tokens * torch.tensor(counts).double().sqrt() for name, tokens in read.items()}
-    faded, benign = sides["faded"], sides["benign"]
+        moments[label] = {name: _moment(tokens, counts, is_sink) for name, tokens in read.items()}
     result = {}
     for name, dense in modules.items():
-        moments = _moment(faded[name]), _moment(benign[name])
+        both = moments["faded"][name], moments["benign"][name]
         if bases is None:
-            result[name] = fade(dense.update, *moments, protect, strength)
+            result[name] = fade(dense.update, *both, protect, strength)
         else:
-            result[name] = fade_along(bases[name], dense.update, *moments, protect, strength)
+            result[name] = fade_along(bases[name], dense.update, *both, protect, strength)
     return result
 
 
@@ -219,9 +220,10 @@ def fade_along(basis: Tensor, update: Tensor, faded: Tensor, benign: Tensor, pro
     return update - update @ onto + fade(update @ onto, onto @ faded @ onto, onto @ benign @ onto, protect, strength)
 
 
-def _moment(tokens: Tensor) -> Tensor:
-    """HHᵀ scaled to trace `in`."""
-    return tokens @ tokens.mT * (tokens.shape[0] / tokens.square().sum())
+def _moment(tokens: Tensor, counts: Sequence[float], is_sink: Sequence[bool]) -> Tensor:
+    """HHᵀ of tokens, (in, N), scaled to trace `in` by those that are no sink."""
+    tokens = tokens * torch.tensor(counts, dtype=tokens.dtype).sqrt()
+    return tokens @ tokens.mT * (tokens.shape[0] / tokens[:, ~torch.tensor(is_sink)].square().sum())
 
 
 def leading(displacement: Tensor, energy: float, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:

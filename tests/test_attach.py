@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TEMPLATE
 from torch import Tensor, nn
 
 from csulora_cli.engine.attach import Factors, Update, watching, weight_of
@@ -15,12 +16,13 @@ from csulora_cli.engine.inputs import DirectionPrompts, Form, Side, collect_mome
 from csulora_cli.errors import HostError
 from csulora_cli.formats.site import Kind, Place, Site
 from csulora_cli.locate import Location
+from csulora_cli.promptset import Prompts
 
 CPU = torch.device("cpu")
 TURN = 2
 HARMFUL = [[1, 5, 9, 33, 12, 7, 3], [1, 8, 7, 3], [1, 60, 5, 5, 9, 41, 22, 11, 2, 7, 3]]
 BENIGN = [[1, 20, 21, 7, 3, 9], [1, 5, 7, 3, 30]]
-PROMPTS = DirectionPrompts(Side(HARMFUL, [7, 4, 11], TURN), Side(BENIGN, [5, 4], TURN))
+PROMPTS = DirectionPrompts(Side(HARMFUL, [7, 4, 11], TURN, 0.04), Side(BENIGN, [5, 4], TURN, 1.0))
 
 
 def opened(folder: Path) -> Host:
@@ -32,17 +34,18 @@ def site(name: str, place: Place, in_features: int, out_features: int) -> Site:
 
 
 def counts(side: Side) -> list[list[float]]:
-    """How often each token counts: the last tokens of the prompt 25 times, an answer behind it once."""
+    """How often each token counts: the first as its side says, the prompt's last ones 25 times, an answer once."""
     return [
-        [25.0 if end - side.turn <= place < end else 1.0 for place in range(len(ids))]
+        [side.sink or 0.0, *(25.0 if end - TURN <= place < end else 1.0 for place in range(1, len(ids)))]
         for ids, end in zip(side.tokens, side.ends, strict=True)
     ]
 
 
-def moment(rows: Tensor) -> Tensor:
-    rows = rows.double()
-    total = rows.square().sum()
-    return rows.mT @ rows * (rows.shape[1] / total) if total > 0 else rows.mT @ rows
+def moment(prompts: list[Tensor]) -> Tensor:
+    """The moment of all rows, scaled by what all but the first of each prompt have."""
+    rows = torch.cat(prompts).double()
+    total = sum(float(own[1:].double().square().sum()) for own in prompts)
+    return rows.mT @ rows * (rows.shape[1] / total if total > 0 else 0.0)
 
 
 def expected(host: Host, side: Side, read: Callable[[nn.Module, list[int]], Tensor]) -> Tensor:
@@ -51,7 +54,7 @@ def expected(host: Host, side: Side, read: Callable[[nn.Module, list[int]], Tens
         read(host.model, ids) * torch.tensor(weights)[:, None].sqrt()
         for ids, weights in zip(side.tokens, counts(side), strict=True)
     ]
-    return moment(torch.cat(rows))
+    return moment(rows)
 
 
 def collected(host: Host, sites: list[Site]) -> dict[str, Any]:
@@ -73,6 +76,35 @@ def compare(found: Any, host: Host, read: Callable[[nn.Module, list[int]], Tenso
             Form.MOMENT: lambda tensor: tensor,
         }[found.form](have)
         torch.testing.assert_close(dense, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "has_sink"),
+    [
+        ("llama", TEMPLATE, True),
+        ("llama", None, True),  # "User:"
+        ("llama", "{{ messages[0]['content'] }} <assistant>", False),  # prompts begin with their own words
+        ("t5", None, False),  # an encoder's first token reads all others
+    ],
+)
+def test_a_first_token_that_all_prompts_share_counts_apart(
+    kind: str, template: str | None, has_sink: bool, hosts: Callable[..., Path]
+) -> None:
+    host = opened(hosts(kind, template=template))
+    prompts = Prompts(harmful=(), lookalikes=("make w1 w2", "tell me w3"), general=("explain w4",))
+    bare = DirectionPrompts.encode(host, prompts)
+    whole = [host.encode(text) for text in (*prompts.lookalikes, *prompts.general)]
+    assert [*bare.faded.tokens, *bare.benign.tokens] == whole
+    assert (bare.faded.sink, bare.benign.sink) == ((0.04, 1.0) if has_sink else (None, None))
+    lengths = [len(ids) for ids in whole]
+    assert bare.tokens == (lengths[0] + lengths[1] - has_sink, lengths[2])  # two prompts, one first token
+
+    answered = bare.answered([[30, 31, 32]])
+    assert answered.tokens == (bare.tokens[0], bare.tokens[1] + 3)
+    assert answered.benign.ends == bare.benign.ends
+    other = answered.fading_on([[9] * 6])
+    assert (other.faded.count, other.faded.ends, other.faded.turn) == (6, [6], bare.faded.turn)
+    assert other.benign == answered.benign
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])

@@ -95,7 +95,7 @@ def test_report_is_plain_json_and_lies_beside_the_adapter(settings: Callable[...
 
 
 def test_counts_add_up(settings: Callable[..., FixSettings]) -> None:
-    report = fix_adapter(settings(strength=8.0))
+    report = fix_adapter(settings(strength=128.0))
     assert len(report.modules) == 14
     assert report.tensors == {"changed": 14, "unchanged": 14, "carried": 0, "dropped": 0, "total": 28}  # every A, no B
     assert report.prompt_counts == {

@@ -568,7 +568,7 @@ def test_auto_takes_the_smallest_strength_that_meets_the_limit(
     assert record.limit == pytest.approx(0.3 * record.adapter_kl)
     for point in record.path:
         folder, _ = fix(host, adapters(host), "prompts", out=f"at-{point.strength}", strength=point.strength)
-        assert point.harmful_kl == pytest.approx(kl(folder), rel=1e-3, abs=1e-7)
+        assert point.harmful_kl == pytest.approx(kl(folder), rel=1e-3, abs=5e-7)  # float32
         assert (point.harmful_kl <= record.limit) == (point.strength >= record.value)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csulora_cli.engine.attach import Factors, Inputs
-from csulora_cli.engine.host import Host
+from csulora_cli.engine.host import Batch, Host
 from csulora_cli.engine.inputs import DirectionPrompts, InputGroup, Side, watch_inputs
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.weights_source import ModuleDisplacement
@@ -32,6 +32,7 @@ class Effect:
         before, after: the named energies of Δ and X.
         objective_before, objective_after: what a repair must not raise (`penalised_change`), at Δ and at X.
         chance: what the named energies are for a random update; empty where they are of what prompts feed in.
+        weight: what a random change of relative size e, such as rounding, adds to the objective: e² times this.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Effect:
     objective_before: float
     objective_after: float
     chance: Mapping[str, float]
+    weight: float
 
 
 def update_norms(site: Site, repaired: Factors) -> tuple[float, float]:
@@ -79,12 +81,13 @@ def prompt_effects(
     """Effects of a prompts repair on the direction prompts: energies `faded` and `benign`.
 
     faded is ‖Δ C_h^½‖² / ‖Δ‖²: 1 means "as strong on prompts where it is to fade as on any input of the same size".
+    Both are without sinks (`Side.sink`), which the objective has.
     With bases V (`prompts_source.Confined`), both are of what the updates read along V: VVᵀx in the place of every x.
     """
     by_name = {site.name: site for site in sites}
     progress.stage("check", len(prompts.faded.tokens) + len(prompts.benign.tokens))
 
-    def run(side: Side) -> dict[str, _Gram]:
+    def run(side: Side) -> dict[str, _Read]:
         return host.batch_size.restarting(
             lambda tell: _Grams(host, groups, by_name, repaired, bases or {}).run(side, tell), progress.advance
         )
@@ -98,7 +101,7 @@ def prompt_effects(
 
 
 def _prompt_effect(
-    site: Site, repaired: Factors, grams: Mapping[str, "_Gram"], protect: float, strength: float
+    site: Site, repaired: Factors, read: Mapping[str, "_Read"], protect: float, strength: float
 ) -> Effect:
     update, distance = update_norms(site, repaired)
     unit = 1 / update if update > 0 else 0.0
@@ -107,18 +110,19 @@ def _prompt_effect(
     def energy(gram: Tensor) -> float:
         return float((inner * gram.to(inner.device)).sum()) * unit
 
-    before = {label: energy(gram.before) for label, gram in grams.items()}
-    after = {label: energy(gram.after) for label, gram in grams.items()}
-    changed = energy(grams["benign"].change)
+    faded, benign = read["faded"], read["benign"]
     return Effect(
         site.name,
         repaired.lora_a.shape[0],
         distance * unit,
-        before,
-        after,
-        attenuate.penalised_change(0, 0, before["faded"], protect, strength),
-        attenuate.penalised_change(distance * unit, changed, after["faded"], protect, strength),
+        {label: energy(each.own_tokens.before) for label, each in read.items()},
+        {label: energy(each.own_tokens.after) for label, each in read.items()},
+        attenuate.penalised_change(0, 0, energy(faded.all_tokens.before), protect, strength),
+        attenuate.penalised_change(
+            distance * unit, energy(benign.all_tokens.change), energy(faded.all_tokens.after), protect, strength
+        ),
         {},
+        1 + protect * benign.trace + strength * faded.trace,
     )
 
 
@@ -129,6 +133,15 @@ class _Gram:
     before: Tensor
     after: Tensor
     change: Tensor
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one site reads of all tokens, of those that are no sink, and tr C/in with the sinks."""
+
+    all_tokens: _Gram
+    own_tokens: _Gram
+    trace: float
 
 
 class _Grams:
@@ -145,6 +158,7 @@ class _Grams:
         self.host = host
         self.groups = groups
         self.squared_total = dict.fromkeys(groups, 0.0)
+        self.squared_sinks = dict.fromkeys(groups, 0.0)
         self.rows = {
             name: [
                 _along(rows, bases.get(name)).to(host.device, torch.float32)
@@ -157,10 +171,25 @@ class _Grams:
             for name, triple in self.rows.items()
         }
 
-    def run(self, side: Side, advance: Callable[[int], None]) -> dict[str, _Gram]:
+    def run(self, side: Side, advance: Callable[[int], None]) -> dict[str, _Read]:
         for batch in side.batches(self.host):
-            watch_inputs(self.host, batch, side.weights(batch), {group: self._adder(group) for group in self.groups})
+            self._watch(batch, side.weights(batch), is_counted=True)
             advance(len(batch.rows))
+        own = self._scaled()
+        for batch, weights in side.sinks(self.host):
+            self._watch(batch, weights, is_counted=False)
+        trace = dict.fromkeys(own, 1.0)
+        for group in self.groups:
+            if self.squared_total[group] > 0:
+                more = self.squared_sinks[group] / self.squared_total[group]
+                trace |= dict.fromkeys(group.members, 1 + more)
+        return {name: _Read(gram, own[name], trace[name]) for name, gram in self._scaled().items()}
+
+    def _watch(self, batch: Batch, weights: Sequence[Tensor], *, is_counted: bool) -> None:
+        takers = {group: self._adder(group, is_counted=is_counted) for group in self.groups}
+        watch_inputs(self.host, batch, weights, takers)
+
+    def _scaled(self) -> dict[str, _Gram]:
         result = {name: _Gram(*sums) for name, sums in self.sums.items()}  # zero, of those that do not run
         for group in self.groups:
             scale = attenuate.unit_trace_scale(group.features, self.squared_total[group])
@@ -168,9 +197,10 @@ class _Grams:
                 result[name] = _Gram(*(scale * total for total in self.sums[name]))
         return result
 
-    def _adder(self, group: InputGroup) -> Callable[[Inputs], None]:
+    def _adder(self, group: InputGroup, *, is_counted: bool) -> Callable[[Inputs], None]:
         def add(inputs: Inputs) -> None:
-            self.squared_total[group] += inputs.squared_total()
+            totals = self.squared_total if is_counted else self.squared_sinks
+            totals[group] += inputs.squared_total()
             for name in group.members:
                 for index, rows in enumerate(self.rows[name]):
                     inner = inputs.project(rows)  # (N, r)
@@ -215,6 +245,7 @@ def _keep_in_effect(site: Site, repaired: Factors, entry: ModuleDisplacement, st
         three_way.penalised_change(0, old, shares, strength) * unit,
         three_way.penalised_change(distance, new, shares, strength) * unit,
         {"full": chance.full, "partial": chance.partial, "off": chance.off},
+        1 + strength,
     )
 
 
@@ -241,4 +272,5 @@ def _keep_out_effect(site: Site, repaired: Factors, entry: ModuleDisplacement, s
         attenuate.penalised_change(0, 0, before, 0, strength),
         attenuate.penalised_change(distance * unit, 0, after, 0, strength),
         {"along D": directions.rank / site.in_features},
+        1 + strength,
     )

@@ -29,6 +29,9 @@ DEFAULT_BUDGET_BYTES = 3 * 2**30
 # Measured on two adapters: at an equal KL to the host on harmful prompts, 25 costs benign prompts less than 5, and 100
 # no less than 25.
 TURN_WEIGHT = 25.0
+# How often an attention sink counts where updates fade. Measured on two adapters: at 1 a repair costs a chat-like task
+# more, at 0 it takes larger λ to bring back the last refusals.
+FADED_SINK = 0.04
 
 Progress = Callable[[int], None]
 Taker = Callable[[Inputs], None]
@@ -73,7 +76,7 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Moments:
-    """One group's inputs on the direction prompts, scaled to trace `in`, float64.
+    """One group's inputs on the direction prompts, scaled to trace `in` (without that of sinks), float64.
 
     Attributes:
         faded, benign: C_h and C_b, H and G, or the diagonals of C_h and C_b, as `form` says.
@@ -137,11 +140,6 @@ def encode_prompts(host: Host, prompts: Prompts) -> Encoded:
     return Encoded([host.encode(text) for text in prompts.harmful], [host.encode(text) for text in prompts.benign])
 
 
-def encode_directions(host: Host, prompts: Prompts) -> tuple[list[list[int]], list[list[int]]]:
-    """What an update fades on and what is protected of the direction prompts, through the host's chat template."""
-    return [host.encode(text) for text in prompts.faded], [host.encode(text) for text in prompts.protected]
-
-
 @dataclass(frozen=True)
 class Side:
     """The direction prompts of one label, with the weights of their tokens.
@@ -151,22 +149,40 @@ class Side:
         ends: how many of them are the prompt.
         turn: how many tokens at the end of every prompt are the template's own. The model decides on them how to begin
             its answer, so that each counts `TURN_WEIGHT` times, and so does the prefix of a decoder.
+        sink: how often the first token counts in each prompt where it is the attention sink of all of them. Its energy,
+            which can be a thousand times that of all others together, is left out of the trace by which moments are
+            scaled. None: there is no such token.
     """
 
     tokens: list[list[int]]
     ends: list[int]
     turn: int
+    sink: float | None = None
 
     def batches(self, host: Host) -> Iterator[Batch]:
         """Batches of all of them."""
         return host.batches(self.tokens, ends=self.ends)
 
     def weights(self, batch: Batch) -> tuple[Tensor, ...]:
-        """How often each token of a batch counts, (B, T) for each of its sides, float32; 0 on padding."""
+        """How often each token of a batch counts, (B, T) for each of its sides, float32; 0 on padding and sinks."""
         prompts = _weights(batch.prompts, self.turn)
+        if self.sink is not None:
+            prompts[:, 0] = 0
         if batch.decoder is None:
             return (prompts,)
         return prompts, _weights(batch.decoder, batch.decoder.ids.shape[1])
+
+    def sinks(self, host: Host) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
+        """The sink alone, once in the place of all prompts', and how often it counts as in `weights`."""
+        if self.sink is not None:
+            for batch in host.batches([self.tokens[0][:1]], ends=[1]):
+                yield batch, (batch.prompts.mask.float() * self.sink * len(self.tokens),)
+
+    @property
+    def count(self) -> int:
+        """How many different tokens count."""
+        total = sum(map(len, self.tokens))
+        return total if self.sink is None else total - len(self.tokens) + 1
 
 
 def _weights(side: Padded, turn: int) -> Tensor:
@@ -185,22 +201,33 @@ class DirectionPrompts:
     benign: Side
 
     @classmethod
-    def of(
-        cls, faded: list[list[int]], benign: list[list[int]], answers: Sequence[Sequence[int]] | None = None
-    ) -> "DirectionPrompts":
-        """Token ids of prompts, the benign ones with answers to them (in their order) if there are any."""
+    def encode(cls, host: Host, prompts: Prompts) -> "DirectionPrompts":
+        """One split's prompts through the host's chat template, without answers.
+
+        Where a token reads those before it alone, a first token that all prompts share is the same input in each of
+        them: it tells nothing apart, so that what an update does there is protected and fades last.
+        """
+        faded, benign = ([host.encode(text) for text in texts] for texts in (prompts.faded, prompts.protected))
         turn = common_end([*faded, *benign])
-        answered = [[*prompt, *answer] for prompt, answer in zip(benign, answers, strict=True)] if answers else benign
-        return cls(Side(faded, _lengths(faded), turn), Side(answered, _lengths(benign), turn))
+        has_sink = not host.decoder_prefix and len({ids[0] for ids in (*faded, *benign)}) == 1
+        return cls(
+            Side(faded, _lengths(faded), turn, FADED_SINK if has_sink else None),
+            Side(benign, _lengths(benign), turn, 1.0 if has_sink else None),
+        )
+
+    def answered(self, answers: Sequence[Sequence[int]]) -> "DirectionPrompts":
+        """The same with answers, as token ids, to the benign prompts, in their order."""
+        tokens = [[*prompt, *answer] for prompt, answer in zip(self.benign.tokens, answers, strict=True)]
+        return replace(self, benign=replace(self.benign, tokens=tokens))
 
     def fading_on(self, prompts: list[list[int]]) -> "DirectionPrompts":
         """The same with other prompts, as token ids, in the place of those that the update fades on."""
-        return replace(self, faded=Side(prompts, _lengths(prompts), self.faded.turn))
+        return replace(self, faded=replace(self.faded, tokens=prompts, ends=_lengths(prompts)))
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """How many tokens the faded and the benign side have."""
-        return sum(map(len, self.faded.tokens)), sum(map(len, self.benign.tokens))
+        """How many tokens of the faded and the benign side count."""
+        return self.faded.count, self.benign.count
 
 
 def _lengths(prompts: list[list[int]]) -> list[int]:
@@ -348,6 +375,8 @@ def _collect(
         for batch in side.batches(host):
             watch_inputs(host, batch, side.weights(batch), takers)
             advance(len(batch.rows))
+        for batch, weights in side.sinks(host):
+            watch_inputs(host, batch, weights, {group: sums[group].add_beside for group in groups})
         sides.append({group: total.scaled() for group, total in sums.items()})
     return {group: Moments(sides[0][group], sides[1][group], form_of(group, tokens)) for group in groups}
 
@@ -366,6 +395,10 @@ class _Sum:
     def add(self, inputs: Inputs) -> None:
         """What one batch feeds in."""
         self.squared_total += inputs.squared_total()
+        self.add_beside(inputs)
+
+    def add_beside(self, inputs: Inputs) -> None:
+        """The same for inputs that the scale does not go by."""
         if self.columns is None:
             self.total += inputs.moment().to(self.device, torch.float64)
         elif isinstance(inputs, DenseInputs):

@@ -18,7 +18,6 @@ from csulora_cli.engine.inputs import (
     InputGroup,
     Moments,
     collect_moments,
-    encode_directions,
     form_bytes,
     form_of,
     group_bytes,
@@ -41,10 +40,10 @@ Solver = Callable[[Sequence[Site], Moments, float, float], dict[str, Factors]]
 
 def protecting(host: Host, prompts: Prompts, adapter: Update, progress: Progress) -> DirectionPrompts:
     """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
-    faded, benign = encode_directions(host, prompts)
-    progress.stage("answers", len(benign))
+    bare = DirectionPrompts.encode(host, prompts)
+    progress.stage("answers", len(bare.benign.tokens))
     with host.adapted(adapter):
-        return DirectionPrompts.of(faded, benign, host.generate(benign, PROTECTED_TOKENS, progress.advance))
+        return bare.answered(host.generate(bare.benign.tokens, PROTECTED_TOKENS, progress.advance))
 
 
 def closest(members: Sequence[Site], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
