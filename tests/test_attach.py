@@ -67,15 +67,17 @@ def check(host: Host, one: Site, read: Callable[[nn.Module, list[int]], Tensor])
     compare(collected(host, [one])[one.name], host, read)
 
 
+def dense(side: Tensor, form: Form) -> Tensor:
+    """The moment (in, in) of one side, whatever its form."""
+    if form is Form.DIAGONAL:
+        return torch.diag(side)
+    return side @ side.mT if form is Form.TOKENS else side
+
+
 def compare(found: Any, host: Host, read: Callable[[nn.Module, list[int]], Tensor]) -> None:
     for side, have in ((PROMPTS.faded, found.faded), (PROMPTS.benign, found.benign)):
         want = expected(host, side, read)
-        dense = {
-            Form.DIAGONAL: torch.diag,
-            Form.TOKENS: lambda tensor: tensor @ tensor.mT,
-            Form.MOMENT: lambda tensor: tensor,
-        }[found.form](have)
-        torch.testing.assert_close(dense, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dense(have, found.form), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,37 @@ def test_an_output_layer_reads_every_token_also_where_few_logits_are_asked_for(
         return hidden
 
     check(opened(hosts(kind)), site("lm_head", Place("lm_head"), 32, 64), read)
+
+
+@pytest.mark.parametrize("keeps_tokens", [True, False])
+def test_the_digits_of_all_other_tokens_stay_beside_a_massive_sink(
+    keeps_tokens: bool, hosts: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csulora_cli.engine.inputs.uses_tokens", lambda _group, _tokens: keeps_tokens)
+    host, name, features = opened(hosts("llama")), "model.layers.0.mlp.down_proj", 48
+    seen: list[Tensor] = []
+
+    def enlarge(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        first = torch.arange(args[0].shape[1])[:, None] == 0
+        seen.append(args[0] * torch.where(first, 3e5, 1.0))
+        return (seen[-1],)
+
+    host.model.get_submodule(name).register_forward_pre_hook(enlarge)
+    found = collected(host, [site(name, Place(name), features, 32)])[name]
+
+    def read(model: nn.Module, ids: list[int]) -> Tensor:
+        seen.clear()
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+        return seen[0][0]
+
+    for side, kept in ((PROMPTS.faded, found.faded), (PROMPTS.benign, found.benign)):
+        have = dense(kept, found.form)
+        assert float(have.trace()) > 1e6 * features
+        sink = read(host.model, side.tokens[0][:1]).double().mT  # (in, 1)
+        across = torch.linalg.qr(sink, mode="complete").Q[:, 1:]  # (in, in - 1)
+        want = expected(host, side, read)
+        torch.testing.assert_close(across.mT @ have @ across, across.mT @ want @ across, rtol=1e-3, atol=1e-2)
 
 
 def test_a_convolution_reads_the_tokens_in_its_window(hosts: Callable[..., Path]) -> None:

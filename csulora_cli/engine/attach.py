@@ -77,6 +77,10 @@ class DenseInputs:
 
     rows: Tensor
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "DenseInputs":
+        """The same on a device, in another precision."""
+        return DenseInputs(self.rows.to(device, dtype))
+
     def squared_total(self) -> float:
         """Σ‖row‖²."""
         return float(torch.linalg.vector_norm(self.rows, dim=1).cpu().double().square().sum())
@@ -97,6 +101,10 @@ class OneHotInputs:
     ids: Tensor
     roots: Tensor
     features: int
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "OneHotInputs":
+        """The same on a device, in another precision."""
+        return replace(self, ids=self.ids.to(device), roots=self.roots.to(device, dtype))
 
     def squared_total(self) -> float:
         """Σ‖row‖²."""

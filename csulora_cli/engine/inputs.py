@@ -376,7 +376,7 @@ def _collect(
             watch_inputs(host, batch, side.weights(batch), takers)
             advance(len(batch.rows))
         for batch, weights in side.sinks(host):
-            watch_inputs(host, batch, weights, {group: sums[group].add_beside for group in groups})
+            watch_inputs(host, batch, weights, {group: sums[group].add_sink for group in groups})
         sides.append({group: total.scaled() for group, total in sums.items()})
     return {group: Moments(sides[0][group], sides[1][group], form_of(group, tokens)) for group in groups}
 
@@ -395,10 +395,13 @@ class _Sum:
     def add(self, inputs: Inputs) -> None:
         """What one batch feeds in."""
         self.squared_total += inputs.squared_total()
-        self.add_beside(inputs)
+        self._add(inputs)
 
-    def add_beside(self, inputs: Inputs) -> None:
-        """The same for inputs that the scale does not go by."""
+    def add_sink(self, inputs: Inputs) -> None:
+        """What a sink feeds in, which the scale does not go by: rounded to float32, it could outweigh all others."""
+        self._add(inputs.to(self.device, torch.float64))
+
+    def _add(self, inputs: Inputs) -> None:
         if self.columns is None:
             self.total += inputs.moment().to(self.device, torch.float64)
         elif isinstance(inputs, DenseInputs):
