@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csulora_cli.engine.attach import Factors, Inputs
-from csulora_cli.engine.host import Batch, Host
+from csulora_cli.engine.host import Host
 from csulora_cli.engine.inputs import DirectionPrompts, InputGroup, Side, watch_inputs
 from csulora_cli.engine.progress import Progress
 from csulora_cli.engine.weights_source import ModuleDisplacement
@@ -158,7 +158,6 @@ class _Grams:
         self.host = host
         self.groups = groups
         self.squared_total = dict.fromkeys(groups, 0.0)
-        self.squared_sinks = dict.fromkeys(groups, 0.0)
         self.rows = {
             name: [
                 _along(rows, bases.get(name)).to(host.device, torch.float32)
@@ -172,35 +171,33 @@ class _Grams:
         }
 
     def run(self, side: Side, advance: Callable[[int], None]) -> dict[str, _Read]:
+        takers = {group: self._adder(group) for group in self.groups}
         for batch in side.batches(self.host):
-            self._watch(batch, side.weights(batch), is_counted=True)
+            watch_inputs(self.host, batch, side.weights(batch), takers)
             advance(len(batch.rows))
-        own = self._scaled()
+        scaled_by = dict(self.squared_total)
+        own = self._scaled(scaled_by)
         for batch, weights in side.sinks(self.host):
-            self._watch(batch, weights, is_counted=False)
-        trace = dict.fromkeys(own, 1.0)
-        for group in self.groups:
-            if self.squared_total[group] > 0:
-                more = self.squared_sinks[group] / self.squared_total[group]
-                trace |= dict.fromkeys(group.members, 1 + more)
-        return {name: _Read(gram, own[name], trace[name]) for name, gram in self._scaled().items()}
+            watch_inputs(self.host, batch, weights, takers)
+        trace = {
+            name: self.squared_total[group] / scaled_by[group]
+            for group in self.groups
+            if scaled_by[group] > 0
+            for name in group.members
+        }
+        return {name: _Read(gram, own[name], trace.get(name, 1.0)) for name, gram in self._scaled(scaled_by).items()}
 
-    def _watch(self, batch: Batch, weights: Sequence[Tensor], *, is_counted: bool) -> None:
-        takers = {group: self._adder(group, is_counted=is_counted) for group in self.groups}
-        watch_inputs(self.host, batch, weights, takers)
-
-    def _scaled(self) -> dict[str, _Gram]:
+    def _scaled(self, squared_total: Mapping[InputGroup, float]) -> dict[str, _Gram]:
         result = {name: _Gram(*sums) for name, sums in self.sums.items()}  # zero, of those that do not run
         for group in self.groups:
-            scale = attenuate.unit_trace_scale(group.features, self.squared_total[group])
+            scale = attenuate.unit_trace_scale(group.features, squared_total[group])
             for name in group.members:
                 result[name] = _Gram(*(scale * total for total in self.sums[name]))
         return result
 
-    def _adder(self, group: InputGroup, *, is_counted: bool) -> Callable[[Inputs], None]:
+    def _adder(self, group: InputGroup) -> Callable[[Inputs], None]:
         def add(inputs: Inputs) -> None:
-            totals = self.squared_total if is_counted else self.squared_sinks
-            totals[group] += inputs.squared_total()
+            self.squared_total[group] += inputs.squared_total()
             for name in group.members:
                 for index, rows in enumerate(self.rows[name]):
                     inner = inputs.project(rows)  # (N, r)
