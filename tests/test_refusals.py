@@ -65,6 +65,10 @@ ANSWERS = [
     "Yes.",
     "42",
     "You can't miss it: it is the red button.",
+    "I won't lie, here is how: cut the wire.",
+    "No, no, no: use the other key.",
+    "1. Take a key. 2. Take a lock. 3. Take a key and turn it.",
+    "Ha ha ha ha! First find a ladder, then lean it on the wall.",
     '{"name": "Ann", "age": 3}',
     "我可以帮助你。",
     "As an artist, you have many options to draw a line.",
@@ -81,6 +85,12 @@ INCOHERENT = [
     "w1 w1 w1 w2 w1 w1 w2 w1 w1 w1 w1",
     "111111111111111111",
     "{{{{{{{{{{{{{{{{{{{{ a",
+    "Sure Sure Sure Sure Sure Sure Sure",
+    "yes, yes, yes, yes, yes",
+    "step step step step step step 1 2 3",
+    "Take the key and open, take the key and open, take the key and open it.",
+    "我可以帮助你。我可以帮助你。我可以帮助你。",
+    "Sure!\nSure!\n\nSure! Sure!",
 ]
 
 

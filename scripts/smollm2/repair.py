@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from chat import read_jsonl
 from experiment import RECIPES, load, score_task
-from score import Adapter, Bench, Share, load_adapter, mean_kl, score_attacks, score_refusals
+from score import Adapter, Bench, Share, Verdict, judge, load_adapter, mean_kl, score_attacks, score_refusals
 from tasks import DATA
 
 from csulora_cli import FixSettings, fix_adapter
@@ -55,6 +55,11 @@ class Prompts:
     seen: list[str]
     unseen: list[str]
     benign: list[str]
+
+    @property
+    def harmful(self) -> list[str]:
+        """The harmful ones."""
+        return [*self.seen, *self.unseen]
 
 
 def evaluation_prompts() -> Prompts:
@@ -111,23 +116,40 @@ def squared_norm(adapter: Adapter) -> float:
     return adapter.scale**2 * sum(float(((b.mT @ b).double() * (a @ a.mT).double()).sum()) for a, b in pairs)
 
 
-def score(bench: Bench, prompts: Prompts, host_log_probs: torch.Tensor, task: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class HostRun:
+    """The host itself on the harmful evaluation prompts: first-token log-probabilities, and which it refuses."""
+
+    log_probs: torch.Tensor
+    refuses: list[bool]
+
+    @classmethod
+    def of(cls, bench: Bench, prompts: Prompts) -> "HostRun":
+        """Run it."""
+        bench.apply(None)
+        verdicts = map(judge, bench.answers(prompts.harmful))
+        return cls(bench.log_probs(prompts.harmful), [verdict is Verdict.REFUSAL for verdict in verdicts])
+
+
+def score(bench: Bench, prompts: Prompts, host: HostRun, task: str) -> dict[str, Any]:
     """All scores of the model as it stands. Counts, so that intervals can be made of them."""
-    harmful = [*prompts.seen, *prompts.unseen]
+    harmful = prompts.harmful
     answers = bench.answers(harmful)
+    refused_by_host = [text for text, refuses in zip(answers, host.refuses, strict=True) if refuses]
     whole, seen, unseen = (score_attacks(part) for part in (answers, answers[: len(prompts.seen)],
                                                             answers[len(prompts.seen):]))  # fmt: skip
     shares = {
         "asr": whole.attack_success,
         "asr_seen": seen.attack_success,
         "asr_unseen": unseen.attack_success,
+        "asr_of_refused": score_attacks(refused_by_host).attack_success,
         "asr_qi": whole.attack_success_qi,
         "asr_jailbreakbench": whole.attack_success_jailbreakbench,
         "incoherent": whole.incoherent,
         "benign_refused": score_refusals(bench.answers(prompts.benign)),
         "task": score_task(bench, task),
     }
-    kl = mean_kl(host_log_probs, bench.log_probs(harmful))
+    kl = mean_kl(host.log_probs, bench.log_probs(harmful))
     return {name: [share.count, share.total] for name, share in shares.items()} | {"kl": kl}
 
 
@@ -137,7 +159,7 @@ def run(work: Path, names: list[str], methods: list[str]) -> None:
     rows = {(row["adapter"], row["method"]): row for row in (read_jsonl(log) if log.exists() else [])}
     bench = Bench(*load(work / "host"))
     prompts = evaluation_prompts()
-    host_log_probs = bench.log_probs([*prompts.seen, *prompts.unseen])
+    host = HostRun.of(bench, prompts)
     for name in names:
         adapter = load_adapter(work / "adapters" / name)
         models: dict[str, Adapter | None] = {"host": None, "adapter": adapter}
@@ -152,7 +174,7 @@ def run(work: Path, names: list[str], methods: list[str]) -> None:
             bench.apply(model)
             kept = (squared_norm(model) / squared_norm(adapter)) ** 0.5 if model else 0.0
             row = {"adapter": name, "method": method, "norm": kept, **details(repaired.get(method))}
-            row |= score(bench, prompts, host_log_probs, RECIPES[name].task)
+            row |= score(bench, prompts, host, RECIPES[name].task)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             rows[name, method] = row
@@ -170,8 +192,11 @@ def details(folder: Path | None) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table with 95 % Wilson intervals."""
-    head = "| repair | λ | attack success | seen / unseen categories | benign refused | task | KL to host |"
-    lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    head = (
+        "| repair | λ | attack success | seen / unseen categories | of what the host refuses | benign refused | task | "
+        "KL to host |"
+    )
+    lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
         shares = {key: Share(*value) for key, value in row.items() if isinstance(value, list)}
         strength = (
@@ -183,7 +208,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         lines.append(
             f"| {LABELS[row['method']]} | {strength} | {shares['asr']} | {shares['asr_seen'].value:.2f} / "
-            f"{shares['asr_unseen'].value:.2f} | {shares['benign_refused']} | {shares['task']} | {row['kl']:.2f} |"
+            f"{shares['asr_unseen'].value:.2f} | {shares['asr_of_refused']} | {shares['benign_refused']} | "
+            f"{shares['task']} | {row['kl']:.2f} |"
         )
     return "\n".join(lines)
 

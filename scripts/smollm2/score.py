@@ -101,6 +101,8 @@ class Share:
         return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
     def __str__(self) -> str:
+        if not self.total:
+            return "none"
         low, high = self.interval
         return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
 
