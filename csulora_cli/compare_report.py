@@ -8,7 +8,7 @@ from typing import Any
 from csulora_cli.eval_report import SUMMARY_FORMULA
 from csulora_cli.pareto import Standing, best, winners
 from csulora_cli.report import InputRecord, StrengthRecord, host_gates, rounded
-from csulora_cli.scores import ModelScore
+from csulora_cli.scores import ModelScore, RetentionKind
 from csulora_cli.stats import Count, PairedTest
 
 SCHEMA_VERSION = 1
@@ -94,7 +94,8 @@ class Level:
         is_hosts: the limit is the upper end of the interval of the host's own attack success.
         winners: of each method that keeps as much as any the best point; best first. Empty if none reaches the level.
         own: csulora's best point, or None.
-        change: the task under the first winner and under csulora's best point, where that is no winner.
+        change: the task under the first winner and under csulora's best point, where that is no winner and exact
+            matches tell what is kept.
     """
 
     limit: float
@@ -185,6 +186,6 @@ def _level(points: Sequence[Point], limit: float, is_hosts: bool) -> Level:
     first = winners(standings, limit)
     own = best(standings, limit, own_names)
     change = None
-    if own is not None and own not in first and points[own].task_right:
+    if own is not None and own not in first and points[own].score.retention.kind is RetentionKind.EXACT_MATCH:
         change = PairedTest.of(points[first[0]].task_right, points[own].task_right)
     return Level(limit, is_hosts, first, own, change)

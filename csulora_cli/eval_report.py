@@ -29,10 +29,12 @@ class Change:
     Attributes:
         attack_success: by refusal test.
         over_refusal: of look-alikes, by refusal test.
+        task: right answers to the task; None without one.
     """
 
     attack_success: Mapping[RefusalTest, PairedTest]
     over_refusal: Mapping[RefusalTest, PairedTest]
+    task: PairedTest | None = None
 
 
 @dataclass(frozen=True)

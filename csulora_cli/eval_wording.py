@@ -157,6 +157,8 @@ def change_table(report: EvalReport) -> Table | None:
             refusal = model.change.over_refusal[RefusalTest.STRICT]
             rows.append((f"{model.key}: attack success", *_change_cells(attack)))
             rows.append((f"{model.key}: {_lookalikes(report)} refused", *_change_cells(refusal)))
+            if model.change.task is not None:
+                rows.append((f"{model.key}: task, exact match", *_change_cells(model.change.task)))
     return Table(("against the adapter", "fewer", "more", "p"), tuple(rows)) if rows else None
 
 

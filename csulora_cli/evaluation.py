@@ -20,7 +20,6 @@ from csulora_cli.engine.scoring import (
     ModelRun,
     References,
     ScoringPrompts,
-    answer_is_right,
     encode_scoring,
     run_model,
     score_run,
@@ -73,13 +72,14 @@ def evaluate_adapters(settings: EvalSettings, progress: Progress | None = None) 
 
 @dataclass(frozen=True)
 class _Scored:
-    """One model: what was measured, and its answers by kind of prompt ("task" where there is one)."""
+    """One model: what was measured, its answers by kind of prompt ("task" where there is one), and which are right."""
 
     key: str
     role: Role
     name: str
     score: ModelScore
     answers: Mapping[str, tuple[str, ...]]
+    task_right: tuple[bool, ...]
 
 
 class _Evaluation:
@@ -141,28 +141,29 @@ class _Evaluation:
             raise PromptsError("no prompts are left that no repair has used", "Give others as --prompts or --task.")
         return kept.first(self.settings.limit)
 
-    def _used(self) -> frozenset[str]:
-        """The direction and tuning prompts that are known; warns of repairs that were made with unknown ones."""
+    def _used(self) -> set[str]:
+        """The prompts that are known to be used by a repair; warns of repairs that were made with unknown ones.
+
+        Used are direction and tuning prompts; for the winners of a comparison, which were chosen by their scores, also
+        what they were scored on.
+        """
         sets = {self.prompt_set.sha256: self.prompt_set}
         if self.settings.prompts is not None:
             built_in = load_prompts()
             sets.setdefault(built_in.sha256, built_in)
-        used = {self.prompt_set.sha256}
+        used = _prompts_of(self.prompt_set, is_winner=False)
         for location in self.adapters_at:
-            digest, name = prompts_of_repair(location.folder)
-            if digest in sets:
-                used.add(digest)
-            elif name is not None:
+            origin = origin_of(location.folder)
+            if known := sets.get(origin.prompts_sha256 or ""):
+                used |= _prompts_of(known, origin.is_winner)
+            elif origin.prompts is not None:
                 self.progress.warn(
-                    f"{printable(location.label)} was repaired with other prompts ({printable(name, 60)}); those that "
-                    "gave its directions or chose its λ may be among the scored ones"
+                    f"{printable(location.label)} was repaired with other prompts ({printable(origin.prompts, 60)}); "
+                    "those that gave its directions or chose its λ may be among the scored ones"
                 )
-        return frozenset(
-            prompt
-            for digest in used
-            for split in (sets[digest].directions, sets[digest].tuning)
-            for prompt in (*split.harmful, *split.benign)
-        )
+            if self.task is not None and origin.is_winner and origin.task_sha256 == self.task.sha256:
+                used |= {example.prompt for example in self.task.examples}
+        return used
 
     def _counts(self) -> dict[str, int]:
         prompts = self.prompts
@@ -291,12 +292,18 @@ class _Evaluation:
                 if kind == "harmful" and opinions is not None:
                     line["is_harmful_to_judge"] = opinions[index]
                 yield line
-        for example, answer in zip(self.prompts.task, scored.answers["task"], strict=True):
-            is_right = answer_is_right(answer, example.response)
+        answered = zip(self.prompts.task, scored.answers["task"], scored.task_right, strict=True)
+        for example, answer, is_right in answered:
             yield {
                 **model, "kind": "task", "prompt": example.prompt, "response": example.response, "answer": answer,
                 "is_right": is_right,
             }  # fmt: skip
+
+
+def _prompts_of(prompt_set: PromptSet, is_winner: bool) -> set[str]:
+    """What a repair with these prompts has used."""
+    splits = [prompt_set.directions, prompt_set.tuning, *([prompt_set.report] if is_winner else [])]
+    return {prompt for split in splits for prompt in (*split.harmful, *split.benign)}
 
 
 def _check_answers_file(settings: EvalSettings) -> None:
@@ -315,29 +322,46 @@ def _file_record(source: PromptSet | TaskSet) -> InputRecord:
     return InputRecord(source.name, None, {source.name: source.sha256})
 
 
-def prompts_of_repair(folder: Path) -> tuple[str | None, str | None]:
-    """The SHA-256 and the name of the prompts that an adapter was repaired with, from its `csulora.json`.
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter was made with, as far as its `csulora.json` tells.
 
-    (None, None) for an adapter that is no repair, or was repaired without prompts; a record that cannot be read counts
-    as one with unknown prompts, (None, "unknown").
+    Attributes:
+        prompts, prompts_sha256: name and hash of the prompts file; None for an adapter that is no repair, or was
+            repaired without prompts.
+        task_sha256: of the task file that it was scored on, if any.
+        is_winner: it is what `csulora compare` kept, by its scores on the report split and the task.
     """
+
+    prompts: str | None = None
+    prompts_sha256: str | None = None
+    task_sha256: str | None = None
+    is_winner: bool = False
+
+
+def origin_of(folder: Path) -> Origin:
+    """Where an adapter comes from; a record that cannot be read counts as one with "unknown" prompts."""
     path = folder / REPORT_NAME
     if not path.exists():
-        return None, None
+        return Origin()
     try:
-        record = read_json_object(path, InputError).get("inputs", {}).get("prompts")
-        if record is None:
-            return None, None
-        (digest,) = record["sha256"].values()
-        return str(digest), str(record["name"])
+        document = read_json_object(path, InputError)
+        inputs = document.get("inputs", {})
+        digests = {}
+        for name in ("prompts", "task"):
+            if inputs.get(name) is not None:
+                (digests[name],) = inputs[name]["sha256"].values()
+        named = str(inputs["prompts"]["name"]) if "prompts" in digests else None
+        return Origin(named, digests.get("prompts"), digests.get("task"), "method" in document)
     except (InputError, AttributeError, KeyError, TypeError, ValueError):
-        return None, "unknown"
+        return Origin("unknown")
 
 
 def _scored(key: str, role: Role, location: Location, run: ModelRun, references: References) -> _Scored:
     answers = {kind: getattr(run, kind).answers for kind in KINDS}
     answers["task"] = run.task.answers if run.task else ()
-    return _Scored(key, role, location.label, score_run(run, references), answers)
+    task_right = tuple(run.task.is_right) if run.task else ()
+    return _Scored(key, role, location.label, score_run(run, references), answers, task_right)
 
 
 def _evaluated(scored: _Scored, adapter: _Scored, opinions: Sequence[bool | None] | None) -> EvaluatedModel:
@@ -346,19 +370,22 @@ def _evaluated(scored: _Scored, adapter: _Scored, opinions: Sequence[bool | None
         role=scored.role,
         name=scored.name,
         score=scored.score,
-        change=_change(adapter.answers, scored.answers) if scored.role is Role.REPAIRED else None,
+        change=_change(adapter, scored) if scored.role is Role.REPAIRED else None,
         judge=None if opinions is None else judge_score(scored.answers["harmful"], opinions),
     )
 
 
-def _change(adapter: Mapping[str, Sequence[str]], repaired: Mapping[str, Sequence[str]]) -> Change:
+def _change(adapter: _Scored, repaired: _Scored) -> Change:
+    both = adapter, repaired
+
     def paired(kind: str, event: Answer) -> dict[RefusalTest, PairedTest]:
         return {
-            test: PairedTest.of(*([classify(text, test) is event for text in of[kind]] for of in (adapter, repaired)))
+            test: PairedTest.of(*([classify(text, test) is event for text in of.answers[kind]] for of in both))
             for test in RefusalTest
         }
 
-    return Change(paired("harmful", Answer.ANSWER), paired("lookalikes", Answer.REFUSAL))
+    task = PairedTest.of(*(of.task_right for of in both)) if adapter.task_right else None
+    return Change(paired("harmful", Answer.ANSWER), paired("lookalikes", Answer.REFUSAL), task)
 
 
 def judge_score(answers: Sequence[str], opinions: Sequence[bool | None]) -> JudgeScore:

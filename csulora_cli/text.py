@@ -1,5 +1,6 @@
 """Strings from files, the Hub and exceptions are hostile: this makes them fit to print."""
 
+import re
 import unicodedata
 
 # Cc control, Cf format (bidi marks, zero width), Cs surrogates, Co private, Zl and Zp line and paragraph separators.
@@ -25,6 +26,14 @@ def printable(value: object, limit: int = 200) -> str:
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii") if ord(char) > 0x7E or ord(char) < 0x20 else "\\x7f"
+
+
+def words_of(text: str) -> str:
+    """A text's words alone, in lower case: the same for two texts that differ in punctuation, case or white space.
+
+    A text without words is itself.
+    """
+    return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
 def some(names: list[str], count: int = 3) -> str:

@@ -62,7 +62,9 @@ def strength_lines(report: FixReport) -> list[str]:
     of = f"{number(record.limit)} on harmful tuning prompts"
     if record.is_reached:
         return [f"{value}, the smallest of {len(record.path)} tried with", f"KL(host ‖ repaired) ≤ {of}"]
-    return [f"{value}, where it levels off; no value brought", f"KL(host ‖ repaired) down to {of}"]
+    is_strongest = record.value == record.path[-1].strength
+    how = "the largest there is" if is_strongest else "where it levels off"
+    return [f"{value}, {how}; no value brought", f"KL(host ‖ repaired) down to {of}"]
 
 
 def carried_lines(report: FixReport) -> list[str]:

@@ -35,8 +35,9 @@ def point(
     strength: float = 1.0,
     right: tuple[bool, ...] = (),
     origin: Origin = Origin.GRID,
+    kind: RetentionKind = RetentionKind.EXACT_MATCH,
 ) -> Point:
-    return Point(method, family, strength, origin, 0.5, 16, score(answered, retention), right)
+    return Point(method, family, strength, origin, 0.5, 16, score(answered, retention, kind=kind), right)
 
 
 def report(points: list[Point], host_answered: int = 0, **changes: object) -> CompareReport:
@@ -93,6 +94,24 @@ def test_a_peer_ahead_is_tested_on_the_same_task_prompts() -> None:
     assert change is not None
     assert (change.only_first, change.only_second) == (7, 0)
     assert change.p_value == mcnemar(7, 0)
+
+
+@pytest.mark.parametrize("kind", [RetentionKind.NLL, RetentionKind.GENERAL_KL])
+def test_exact_matches_are_not_tested_where_something_else_tells_what_is_kept(kind: RetentionKind) -> None:
+    points = [
+        point("resta", 0, 0.9, right=(True, False), kind=kind),
+        point("prompts", 0, 0.3, "csulora", right=(True, False), kind=kind),
+    ]
+    assert find_levels(points, Count.of(0, TOTAL))[0].change is None
+    assert "McNemar" not in sentences(points)
+
+
+def test_an_adapter_that_did_no_harm_is_said() -> None:
+    made = report([point("prompts", 0, 1.0, "csulora", 0.0, origin=Origin.AUTO)])
+    said = "Nothing to repair: the adapter begins its answers to harmful prompts as the host does."
+    for strength, is_said in ((0.0, True), (4.0, False)):
+        found = [replace(method, auto=StrengthRecord(strength, True, is_reached=True)) for method in made.methods]
+        assert (said in compare_wording.verdict(replace(made, methods=found))) is is_said
 
 
 def test_sentences_say_who_is_ahead() -> None:

@@ -236,11 +236,8 @@ def test_written_winners_score_as_their_points_did(make: Make, tmp_path: Path) -
     for folder in folders:
         record = json.loads((folder / "csulora.json").read_text())
         (point,) = [p for p in report.points if p.method == record["method"] and p.strength == record["strength"]]
-        again = evaluate_adapters(
-            EvalSettings(
-                (settings.adapter, str(folder)), settings.base, settings.prompts, answer_tokens=2, device="cpu"
-            )
-        )
+        (folder / "csulora.json").unlink()  # it says on what the winner was chosen
+        again = evaluate_adapters(scoring_of(settings, folder))
         assert again.warnings == ()
         assert again.models[2].score == point.score
     document = json.loads((out / "csulora.json").read_text())
@@ -249,6 +246,28 @@ def test_written_winners_score_as_their_points_did(make: Make, tmp_path: Path) -
     with pytest.raises(UsageError, match="exists and is not empty"):
         compare_methods(settings)
     compare_methods(replace(settings, overwrite=True))
+
+
+def scoring_of(settings: CompareSettings, folder: Path, **changes: Any) -> EvalSettings:
+    """Settings that score a winner as the comparison did."""
+    made = EvalSettings((settings.adapter, str(folder)), settings.base, settings.prompts, answer_tokens=2, device="cpu")
+    return replace(made, **changes)
+
+
+def test_winners_are_not_scored_on_what_chose_them(make: Make, task: Path, tmp_path: Path) -> None:
+    out = tmp_path / "winners"
+    settings = make(out=out, methods="shrink", task=task, points=1)
+    compare_methods(settings)
+    (winner, *_) = (path for path in out.iterdir() if path.is_dir())
+    with pytest.raises(PromptsError, match="no prompts are left"):
+        evaluate_adapters(scoring_of(settings, winner))
+    # The built-in prompts did not choose it; the task did.
+    unused = {"prompts": None, "limit": 2}
+    with pytest.raises(PromptsError, match="no prompts are left"):
+        evaluate_adapters(scoring_of(settings, winner, task=task, **unused))
+    report = evaluate_adapters(scoring_of(settings, winner, **unused))
+    assert [warning for warning in report.warnings if "was repaired with other prompts" in warning]
+    assert report.models[2].score.attack_success.total == 2
 
 
 def test_the_control_of_equal_norm_is_as_large_as_the_first_own_repair(make: Make) -> None:

@@ -33,7 +33,9 @@ JUDGE = JudgeScore(Count.of(31, 99), 2, Agreement(Count.of(77, 97), 0.66))
 
 def report(general: int = 99, *, has_task: bool = True) -> EvalReport:
     names = ["host", "adapter", "repaired", "prompts", *(["task"] if has_task else []), "judge"]
-    model = EvaluatedModel("repaired", Role.REPAIRED, "mended", SCORE, Change(TEST, OTHER), JUDGE)
+    model = EvaluatedModel(
+        "repaired", Role.REPAIRED, "mended", SCORE, Change(TEST, OTHER, PairedTest(4, 2, 0.6875)), JUDGE
+    )
     return EvalReport(
         version="1",
         inputs={name: InputRecord(f"my {name}", None, {}) for name in names},
@@ -91,6 +93,7 @@ def test_changes_are_those_by_our_own_test() -> None:
     assert table.rows == (
         ("repaired: attack success", "3", "8", "0.0625"),
         ("repaired: look-alikes refused", "0", "21", "1.0e-09"),
+        ("repaired: task, exact match", "4", "2", "0.688"),
     )
 
 

@@ -14,14 +14,16 @@ from csulora_cli.api import fix_adapter
 from csulora_cli.engine.host import Host
 from csulora_cli.errors import AdapterError, CsuloraError, HostError, PromptsError, UsageError
 from csulora_cli.eval_report import EvalReport, Role
-from csulora_cli.evaluation import evaluate_adapters, judge_score, prompts_of_repair
+from csulora_cli.evaluation import Origin, evaluate_adapters, judge_score, origin_of
 from csulora_cli.files import sha256_of
 from csulora_cli.formats.dialect import PEFT
 from csulora_cli.promptset import PromptSet, load_prompts
 from csulora_cli.refusals import RefusalTest
 from csulora_cli.scores import RetentionKind
 from csulora_cli.settings import EvalSettings, FixSettings
-from csulora_cli.stats import Agreement, Count
+from csulora_cli.stats import Agreement, Count, PairedTest
+from csulora_cli.taskset import load_task
+from csulora_cli.text import words_of
 
 ANSWER_TOKENS = 6
 
@@ -141,7 +143,11 @@ def test_what_gave_directions_or_chose_the_strength_is_not_run_in_any_disguise(
         for label in ("harmful", "benign")
         for text in [f"how do i w{index} the {label} in my {split}" for index in range(4)]
     ]
-    stolen = [*built_in.directions.harmful[:2], built_in.tuning.harmful[0]]
+    stolen = [
+        *built_in.directions.harmful[:2],
+        built_in.tuning.harmful[0].upper(),
+        " how do i w2 the Harmful in my tuning?",
+    ]
     lines += [{"prompt": text, "label": "harmful", "split": "report"} for text in stolen]
     lines += [{"prompt": built_in.tuning.benign[0], "label": "benign", "split": "report"}]
     prompts = world.folder / "stolen.jsonl"
@@ -150,14 +156,34 @@ def test_what_gave_directions_or_chose_the_strength_is_not_run_in_any_disguise(
     task.write_text(
         "".join(
             json.dumps({"prompt": text, "response": "w1"}) + "\n"
-            for text in (built_in.directions.benign[0], "how do i w1 the harmful in my tuning", "a new one")
+            for text in (built_in.directions.benign[0], "How do I w1 the harmful in my tuning??", "a new one")
         )
     )
     seen, progress = encoded_prompts(monkeypatch), Watcher()
     report = world.run(progress, adapters=(world.settings.adapters[0], str(repaired)), prompts=prompts, task=task)
-    assert not set(seen) & (used_by_repairs(built_in) | used_by_repairs(load_prompts(prompts)))
+    used = used_by_repairs(built_in) | used_by_repairs(load_prompts(prompts))
+    assert not set(map(words_of, seen)) & set(map(words_of, used))
     assert report.prompt_counts == {"harmful": 4, "lookalikes": 4, "general": 0, "task": 1}
     assert len([line for line in progress.warnings if "are not scored: they gave directions" in line]) == 1
+
+
+def test_changes_of_the_task_are_paired(world: World, report: EvalReport) -> None:
+    task = load_task(world.settings.task or Path())
+    right = {
+        name: tuple(line["is_right"] for line in saved if line["model"] == name and line["kind"] == "task")
+        for saved in [answers_of(world)]
+        for name in ("adapter", "repaired")
+    }
+    assert len(right["adapter"]) == len(task.examples)
+    assert report.models[2].change is not None
+    assert report.models[2].change.task == PairedTest.of(right["adapter"], right["repaired"])
+
+
+def answers_of(world: World) -> list[dict[str, Any]]:
+    """What a run saves."""
+    path = world.folder / "saved-answers.jsonl"
+    world.run(save_answers=path)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_nothing_left_to_score_is_an_error(world: World) -> None:
@@ -199,21 +225,27 @@ def test_a_repair_with_unknown_prompts_is_warned_of(world: World) -> None:
 @pytest.mark.parametrize(
     ("record", "want"),
     [
-        (None, (None, None)),
-        ("{}", (None, None)),
-        ('{"inputs": {"adapter": {}}}', (None, None)),
-        ('{"inputs": {"prompts": {"name": "p", "sha256": {"p": "abc"}}}}', ("abc", "p")),
-        ('{"inputs": {"prompts": {"name": "p", "sha256": {}}}}', (None, "unknown")),
-        ('{"inputs": {"prompts": 3}}', (None, "unknown")),
-        ('{"inputs": []}', (None, "unknown")),
-        ("[]", (None, "unknown")),
-        ("{", (None, "unknown")),
+        (None, Origin()),
+        ("{}", Origin()),
+        ('{"inputs": {"adapter": {}}}', Origin()),
+        ('{"inputs": {"prompts": {"name": "p", "sha256": {"p": "abc"}}}}', Origin("p", "abc")),
+        ('{"inputs": {"prompts": null}}', Origin()),
+        (
+            '{"method": "lssf", "inputs": {"prompts": {"name": "p", "sha256": {"p": "abc"}}, '
+            '"task": {"name": "t", "sha256": {"t": "def"}}}}',
+            Origin("p", "abc", "def", is_winner=True),
+        ),
+        ('{"inputs": {"prompts": {"name": "p", "sha256": {}}}}', Origin("unknown")),
+        ('{"inputs": {"prompts": 3}}', Origin("unknown")),
+        ('{"inputs": []}', Origin("unknown")),
+        ("[]", Origin("unknown")),
+        ("{", Origin("unknown")),
     ],
 )
-def test_the_prompts_of_a_repair(tmp_path: Path, record: str | None, want: tuple[str | None, str | None]) -> None:
+def test_where_an_adapter_comes_from(tmp_path: Path, record: str | None, want: Origin) -> None:
     if record is not None:
         (tmp_path / "csulora.json").write_text(record)
-    assert prompts_of_repair(tmp_path) == want
+    assert origin_of(tmp_path) == want
 
 
 def test_a_limit_and_its_counts(world: World) -> None:

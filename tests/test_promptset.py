@@ -179,6 +179,33 @@ def test_whole_categories_are_dealt_out(tmp_path: Path) -> None:
     assert all(row["category"] in found.categories[where[row["prompt"]]] for row in rows)
 
 
+def test_categories_of_one_label_are_dealt_out_whole_beside_those_of_both(tmp_path: Path) -> None:
+    rows = [{**row, "category": f"c{index // 2 % 8}"} for index, row in enumerate(lines(32))]
+    rows += [
+        {"prompt": f"everyday {index}", "label": "benign", "kind": "general", "category": f"a{index % 6}"}
+        for index in range(36)
+    ]
+    found = load_prompts(write(tmp_path, rows))
+    assert found.categories == {
+        "directions": ["a0", "a1", "a4", "a5", "c0", "c1", "c4", "c5"],
+        "tuning": ["a2", "c2", "c6"],
+        "report": ["a3", "c3", "c7"],
+    }
+    assert len(everything(found)) == len(rows)
+
+
+@pytest.mark.parametrize("missing", ["category", "categories"])
+def test_prompts_are_dealt_where_categories_cannot_be(tmp_path: Path, missing: str) -> None:
+    rows = [{**row, "category": f"c{index // 2 % 8}"} for index, row in enumerate(lines(32))]
+    if missing == "category":
+        del rows[0]["category"]
+    else:
+        rows += [{"prompt": f"everyday {index}", "label": "benign", "category": f"a{index % 3}"} for index in range(9)]
+    found = load_prompts(write(tmp_path, rows))
+    assert len(everything(found)) == len(rows)
+    assert set(found.categories["directions"]) & set(found.categories["report"])
+
+
 def test_too_few_categories_to_deal_out_deals_prompts(tmp_path: Path) -> None:
     rows = [{**row, "category": f"c{index // 2 % 3}"} for index, row in enumerate(lines())]
     assert len(load_prompts(write(tmp_path, rows)).directions.harmful) == 8

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from csulora_cli.text import number, printable, some
+from csulora_cli.text import number, printable, some, words_of
 
 QUICK = settings(max_examples=50, deadline=None)
 
@@ -96,3 +96,10 @@ def test_everyday_sizes_have_no_exponent(value: float) -> None:
     shown = number(value)
     assert "e" not in shown
     assert float(shown) == pytest.approx(value, rel=0.006)
+
+
+def test_words_are_the_same_however_they_are_set() -> None:
+    assert words_of("How do I\u00a0open it?") == words_of("  HOW do i open it ") == "how do i open it"
+    assert words_of("How do I open it?") != words_of("How do I open them?")
+    assert words_of("STRASSE") == words_of("straße")
+    assert (words_of("???"), words_of("!")) == ("???", "!")

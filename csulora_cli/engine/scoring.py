@@ -29,6 +29,7 @@ from csulora_cli.scores import (
 )
 from csulora_cli.stats import Count, retention
 from csulora_cli.taskset import TaskExample
+from csulora_cli.text import words_of
 
 # Greedy answers to task prompts may be this much longer than the longest response, and no longer than that.
 TASK_SLACK_TOKENS = 8
@@ -72,16 +73,17 @@ class ScoringPrompts:
         return self.general != self.lookalikes
 
     def without(self, used: Collection[str]) -> "ScoringPrompts":
-        """The same but for prompts that a repair has used, the task's included."""
+        """The same but for prompts that a repair has used, the task's included; words count, not how they are set."""
+        known = set(map(words_of, used))
 
         def unused(prompts: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(prompt for prompt in prompts if prompt not in used)
+            return tuple(prompt for prompt in prompts if words_of(prompt) not in known)
 
         return ScoringPrompts(
             unused(self.harmful),
             unused(self.lookalikes),
             unused(self.general),
-            tuple(example for example in self.task if example.prompt not in used),
+            tuple(example for example in self.task if words_of(example.prompt) not in known),
         )
 
     def first(self, limit: int | None) -> "ScoringPrompts":
