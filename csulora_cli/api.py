@@ -15,7 +15,7 @@ from torch import Tensor
 from csulora_cli import card, html, writer
 from csulora_cli.adapter import Adapter, describe, read_adapter, scale_options
 from csulora_cli.engine import effects, strength
-from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.attach import Factors, Update, unchanged
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_prompts
@@ -210,14 +210,11 @@ class _Fix:
 
         return _Solution(factors, record, path.truncation_error), of
 
-    def _unchanged(self) -> dict[str, Factors]:
-        return {site.name: Factors.of(site) for site in self.sites}
-
     def _solve(self, repaired: _Repair) -> tuple[StrengthRecord, dict[str, Factors]]:
         """λ, given or found, and the closest update there."""
         fixed = self.settings.fixed_strength
         record = self._search(repaired) if fixed is None else StrengthRecord(fixed, is_auto=False)
-        return record, self._unchanged() if record.value == 0 else repaired(record.value)
+        return record, unchanged(self.sites) if record.value == 0 else repaired(record.value)
 
     def _search(self, repaired: _Repair) -> StrengthRecord:
         """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does."""
@@ -241,7 +238,7 @@ class _Fix:
             self._write_adapter(staging, tensors, config)
             written = self.fitting.reopened(staging)
             self._tell_servers(written)
-            stored = {site.name: Factors.of(site) for site in written.sites}
+            stored = unchanged(written.sites)
             if set(stored) != {site.name for site in self.sites}:
                 raise VerificationError("the written file does not hold the modules of the adapter")
             records = self._verify(solution, stored, measure_effects(stored))

@@ -308,13 +308,18 @@ def test_a_control_that_would_fade_on_the_same_prompts_is_left_out(make: Make) -
         compare_methods(make(methods="prompts,harmful"))
 
 
-def test_an_adapter_that_never_moved_the_host_is_left_as_it_is(make: Make, tmp_path: Path, hosts: Any) -> None:
+@pytest.mark.parametrize("budget", [20_000, 10**9])
+def test_an_adapter_that_never_moved_the_host_is_left_as_it_is(
+    budget: int, make: Make, tmp_path: Path, hosts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = make_adapter(hosts("llama"), tmp_path / "still", seed=3)
     tensors = adapter / "adapter_model.safetensors"
     loaded = safetensors.torch.load_file(tensors)
     safetensors.torch.save_file({key: 1e-3 * tensor for key, tensor in loaded.items()}, tensors)
-    report = compare_methods(make(adapter=str(adapter), methods="prompts,shrink", points=1))
-    for name in ("prompts", "shrink"):
+    monkeypatch.setattr(comparison, "PromptsPath", partial(PromptsPath, budget_bytes=budget))
+    names = ["prompts", "keep-out-protect", "shrink", "rotated", "benign"]
+    report = compare_methods(make(adapter=str(adapter), methods=",".join(names), points=1))
+    for name in names:
         (point,) = [point for point in of(report, name) if point.origin is Origin.AUTO]
         assert (point.strength, point.moved) == (0.0, 0.0)
     assert report.adapter.retention.value is None  # nothing was gained over the host
