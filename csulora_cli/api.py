@@ -25,7 +25,7 @@ from csulora_cli.engine.reach import reach_of
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, check_geometry, measure_displacements
 from csulora_cli.errors import AdapterError, HostError, VerificationError
-from csulora_cli.files import read_bytes, sha256_of, staged_file
+from csulora_cli.files import read_again, sha256_of, staged_file
 from csulora_cli.fitting import Fitting, check_magnitudes, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
@@ -285,14 +285,25 @@ class _Fix:
                 yield stack.enter_context(writer.staged(self.out)), staged_page
 
     def _write_adapter(self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-        (staging / self.adapter.dialect.weights_name).write_bytes(writer.serialise(tensors))
-        if config == self.adapter.config and not self.adapter.conversions:
-            # Byte for byte, also its spacing and the order of its keys.
-            data = read_bytes(self.adapter_at.folder / CONFIG_NAME, AdapterError)
-            (staging / CONFIG_NAME).write_bytes(data)
+        """Write weights, config and companions; a file with nothing new in it keeps its bytes, whoever stored it."""
+        is_as_read = not self.adapter.conversions
+        keeps_tensors = is_as_read and tensors.keys() == self.adapter.tensors.keys() and not self._changed(tensors)
+        weights_name = self.adapter.dialect.weights_name
+        data = self._read_again(weights_name) if keeps_tensors else writer.serialise(tensors)
+        (staging / weights_name).write_bytes(data)
+        if is_as_read and config == self.adapter.config:
+            (staging / CONFIG_NAME).write_bytes(self._read_again(CONFIG_NAME))
         else:
             (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         writer.copy_companions(self.adapter_at.folder, staging)
+
+    def _read_again(self, name: str) -> bytes:
+        """The bytes of one of the adapter's two files, which the report gives the hash of."""
+        return read_again(self.adapter_at.folder / name, AdapterError, self.adapter.sha256[name])
+
+    def _changed(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """The keys of the tensors that do not hold what was read."""
+        return [key for key, tensor in tensors.items() if not torch.equal(tensor, self.adapter.tensors[key])]
 
     def _tell_servers(self, written: Adapter) -> None:
         """What llama.cpp leaves out when it converts an adapter, without a word."""
@@ -362,7 +373,7 @@ class _Fix:
     ) -> FixReport:
         before = self.adapter.tensors
         carried = {record.key for record in self.carried}
-        changed = sum(1 for key, tensor in tensors.items() if not torch.equal(tensor, before[key]))
+        changed = len(self._changed(tensors))
         counts = {
             "changed": changed,
             "unchanged": len(tensors) - changed - len(carried & tensors.keys()),
