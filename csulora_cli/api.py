@@ -15,7 +15,7 @@ from torch import Tensor
 from csulora_cli import card, html, writer
 from csulora_cli.adapter import Adapter, describe, read_adapter, scale_options
 from csulora_cli.engine import effects, strength
-from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.attach import Factors, Update, unchanged
 from csulora_cli.engine.behaviour import KlJudge, measure_behaviour
 from csulora_cli.engine.host import Host, choose_device, solver_device
 from csulora_cli.engine.inputs import DirectionPrompts, Encoded, encode_prompts
@@ -25,7 +25,7 @@ from csulora_cli.engine.reach import reach_of
 from csulora_cli.engine.search import find_strength
 from csulora_cli.engine.weights_source import ModuleDisplacement, WeightsPath, check_geometry, measure_displacements
 from csulora_cli.errors import AdapterError, HostError, VerificationError
-from csulora_cli.files import read_bytes, sha256_of, staged_file
+from csulora_cli.files import read_again, sha256_of, staged_file
 from csulora_cli.fitting import Fitting, check_magnitudes, tell_active
 from csulora_cli.formats.config import CONFIG_NAME
 from csulora_cli.formats.site import Site
@@ -210,14 +210,11 @@ class _Fix:
 
         return _Solution(factors, record, path.truncation_error), of
 
-    def _unchanged(self) -> dict[str, Factors]:
-        return {site.name: Factors.of(site) for site in self.sites}
-
     def _solve(self, repaired: _Repair) -> tuple[StrengthRecord, dict[str, Factors]]:
         """λ, given or found, and the closest update there."""
         fixed = self.settings.fixed_strength
         record = self._search(repaired) if fixed is None else StrengthRecord(fixed, is_auto=False)
-        return record, self._unchanged() if record.value == 0 else repaired(record.value)
+        return record, unchanged(self.sites) if record.value == 0 else repaired(record.value)
 
     def _search(self, repaired: _Repair) -> StrengthRecord:
         """The smallest λ at which the repaired model begins its answers to harmful tuning prompts as the host does."""
@@ -241,7 +238,7 @@ class _Fix:
             self._write_adapter(staging, tensors, config)
             written = self.fitting.reopened(staging)
             self._tell_servers(written)
-            stored = {site.name: Factors.of(site) for site in written.sites}
+            stored = unchanged(written.sites)
             if set(stored) != {site.name for site in self.sites}:
                 raise VerificationError("the written file does not hold the modules of the adapter")
             records = self._verify(solution, stored, measure_effects(stored))
@@ -288,14 +285,25 @@ class _Fix:
                 yield stack.enter_context(writer.staged(self.out)), staged_page
 
     def _write_adapter(self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-        (staging / self.adapter.dialect.weights_name).write_bytes(writer.serialise(tensors))
-        if config == self.adapter.config and not self.adapter.conversions:
-            # Byte for byte, also its spacing and the order of its keys.
-            data = read_bytes(self.adapter_at.folder / CONFIG_NAME, AdapterError)
-            (staging / CONFIG_NAME).write_bytes(data)
+        """Write weights, config and companions; a file with nothing new in it keeps its bytes, whoever stored it."""
+        is_as_read = not self.adapter.conversions
+        keeps_tensors = is_as_read and tensors.keys() == self.adapter.tensors.keys() and not self._changed(tensors)
+        weights_name = self.adapter.dialect.weights_name
+        data = self._read_again(weights_name) if keeps_tensors else writer.serialise(tensors)
+        (staging / weights_name).write_bytes(data)
+        if is_as_read and config == self.adapter.config:
+            (staging / CONFIG_NAME).write_bytes(self._read_again(CONFIG_NAME))
         else:
             (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         writer.copy_companions(self.adapter_at.folder, staging)
+
+    def _read_again(self, name: str) -> bytes:
+        """The bytes of one of the adapter's two files, which the report gives the hash of."""
+        return read_again(self.adapter_at.folder / name, AdapterError, self.adapter.sha256[name])
+
+    def _changed(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """The keys of the tensors that do not hold what was read."""
+        return [key for key, tensor in tensors.items() if not torch.equal(tensor, self.adapter.tensors[key])]
 
     def _tell_servers(self, written: Adapter) -> None:
         """What llama.cpp leaves out when it converts an adapter, without a word."""
@@ -365,7 +373,7 @@ class _Fix:
     ) -> FixReport:
         before = self.adapter.tensors
         carried = {record.key for record in self.carried}
-        changed = sum(1 for key, tensor in tensors.items() if not torch.equal(tensor, before[key]))
+        changed = len(self._changed(tensors))
         counts = {
             "changed": changed,
             "unchanged": len(tensors) - changed - len(carried & tensors.keys()),

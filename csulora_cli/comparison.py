@@ -16,7 +16,7 @@ from csulora_cli import html, writer
 from csulora_cli.adapter import read_adapter, rewritten
 from csulora_cli.compare_report import CompareReport, MethodRecord, Origin, Point, find_levels
 from csulora_cli.engine import strength
-from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.attach import Factors, Update, unchanged
 from csulora_cli.engine.behaviour import KlJudge
 from csulora_cli.engine.effects import moved_share
 from csulora_cli.engine.host import choose_device, solver_device
@@ -51,7 +51,6 @@ from csulora_cli.methods.method import (
     Family,
     Method,
     MomentsMethod,
-    unchanged,
 )
 from csulora_cli.opening import (
     Recorder,
@@ -345,7 +344,7 @@ class _Comparison:
                 "Leave it out of --methods, or save the adapter in float32 first.",
             )
         written = self.fitting.fitted(rewritten(self.adapter, config, tensors))
-        return {site.name: Factors.of(site) for site in written.sites}
+        return unchanged(written.sites)
 
     def _point(
         self, method: Method, value: float, origin: Origin, encoded: EncodedScoring, references: References

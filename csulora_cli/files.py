@@ -63,6 +63,22 @@ def read_bytes(path: Path, error: type[InputError], limit: int | None = None) ->
     return data
 
 
+def read_again(path: Path, error: type[InputError], sha256: str) -> bytes:
+    """All bytes of a file that was read before.
+
+    Raises:
+        error: `read_bytes` cannot read it, or its bytes have another digest than those that were read.
+    """
+    data = read_bytes(path, error)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise _changed(path, error)
+    return data
+
+
+def _changed(path: Path, error: type[InputError]) -> InputError:
+    return error(f"{printable(path)} changed while it was being used", "Run again when it is complete.")
+
+
 def leaves_folder(path: Path) -> bool:
     """Whether a file is a link to somewhere outside its folder.
 
@@ -149,7 +165,7 @@ class Stamp:
         except OSError:
             is_same = False
         if not is_same:
-            raise error(f"{printable(self.path)} changed while it was being used", "Run again when it is complete.")
+            raise _changed(self.path, error)
 
 
 def sha256_of(path: Path) -> str:

@@ -265,6 +265,8 @@ def test_strength_zero_gives_a_back(problem: Problem) -> None:
     assert torch.equal(by_moments(lora_a, *problem.moments, 0.0, contrast(*problem.moments)), lora_a)
     assert torch.equal(by_tokens(lora_a, problem.faded, problem.benign, problem.protect, 0.0), lora_a)
     assert torch.equal(by_directions(lora_a, basis, gains, 0.0), lora_a)
+    diagonals = problem.faded_moment.diagonal(), problem.benign_moment.diagonal()
+    assert torch.equal(by_diagonal(lora_a, *diagonals, problem.protect, 0.0), lora_a)
 
 
 @QUICK

@@ -281,6 +281,65 @@ def test_the_control_of_equal_norm_is_as_large_as_the_first_own_repair(make: Mak
     assert all(point.origin is not Origin.NORM for point in alone.points)
 
 
+def test_safelora_goes_by_names_on_a_host_with_biases_an_adapter_of_one_layer_and_ranks_of_their_own(
+    make: Make, hosts: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The released code matches matrices by position, takes biases for weights, and knows a factor by one rank."""
+    host, unaligned = hosts("qwen2"), hosts("qwen2", change=0.3)
+    adapter = make_adapter(
+        host,
+        tmp_path / "my-adapter",
+        target_modules=["q_proj", "k_proj", "v_proj", "down_proj"],
+        layers_to_transform=[1],
+        rank_pattern={"k_proj": 2, "down_proj": 6},
+    )
+    biases = [safetensors.torch.load_file(folder / "model.safetensors") for folder in (host, unaligned)]
+    own = "model.layers.1.self_attn.q_proj.bias"
+    assert not torch.equal(biases[0][own], biases[1][own])
+    modules = oracle.peft_modules(host, adapter)
+    assert {name: len(dense.lora_a) for name, dense in modules.items()} == {
+        "model.layers.1.self_attn.q_proj": 4, "model.layers.1.self_attn.k_proj": 2,
+        "model.layers.1.self_attn.v_proj": 4, "model.layers.1.mlp.down_proj": 6,
+    }  # fmt: skip
+    updates = {name: dense.update for name, dense in modules.items()}
+    aligned, before = oracle.weights(host, modules), oracle.weights(unaligned, modules)
+    projected, cosines = {}, {}
+    for name, update in updates.items():
+        displacement = aligned[name] - before[name]
+        projected[name] = displacement @ displacement.mT / displacement.norm() @ update
+        cosines[name] = float((projected[name] * update).sum() / projected[name].norm() / update.norm())
+
+    repaired: dict[tuple[str, float], dict[str, comparison.Factors]] = {}
+    for method in ("safelora-threshold", "safelora-number"):
+        repair = REGISTRY[method].repair  # type: ignore[attr-defined]
+
+        def keep(sites: Any, seen: Any, value: float, method: str = method, repair: Any = repair) -> Any:
+            repaired[method, value] = repair(sites, seen, value)
+            return repaired[method, value]
+
+        monkeypatch.setitem(REGISTRY, method, replace(REGISTRY[method], repair=keep))  # type: ignore[call-arg]
+    names = "safelora-threshold,safelora-number"
+    report = compare_methods(make("qwen2", adapter=str(adapter), unaligned=str(unaligned), methods=names, points=2))
+    assert {(point.method, point.strength) for point in report.points} == repaired.keys()
+
+    in_order, counts = sorted(cosines, key=lambda name: cosines[name]), []
+    for point in report.points:
+        value = point.strength
+        below = [name for name in in_order if cosines[name] <= value]
+        chosen = below if point.method == "safelora-threshold" else in_order[: int(value)]
+        counts.append(len(chosen))
+        wanted = {name: projected[name] if name in chosen else update for name, update in updates.items()}
+        factors = repaired[point.method, value]
+        assert factors.keys() == wanted.keys()
+        for name, found in factors.items():
+            dense = found.scale * found.lora_b.double() @ found.lora_a.double()
+            assert oracle.relative_gap(dense, wanted[name]) < 1e-5, (point.method, value, name)
+        moved = sum(float((wanted[name] - update).square().sum()) for name, update in updates.items())
+        energy = sum(float(update.square().sum()) for update in updates.values())
+        assert point.moved == pytest.approx(moved / energy, rel=1e-5)
+    assert counts == [0, 4, 2, 4]
+
+
 def test_solving_in_chunks_gives_the_same_points(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make(methods="prompts,keep-out-protect,rotated,benign", points=2)
     whole = compare_methods(settings)
@@ -327,13 +386,18 @@ def test_a_control_that_would_fade_on_the_same_prompts_is_left_out(make: Make) -
         compare_methods(make(methods="prompts,harmful"))
 
 
-def test_an_adapter_that_never_moved_the_host_is_left_as_it_is(make: Make, tmp_path: Path, hosts: Any) -> None:
+@pytest.mark.parametrize("budget", [20_000, 10**9])
+def test_an_adapter_that_never_moved_the_host_is_left_as_it_is(
+    budget: int, make: Make, tmp_path: Path, hosts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = make_adapter(hosts("llama"), tmp_path / "still", seed=3)
     tensors = adapter / "adapter_model.safetensors"
     loaded = safetensors.torch.load_file(tensors)
     safetensors.torch.save_file({key: 1e-3 * tensor for key, tensor in loaded.items()}, tensors)
-    report = compare_methods(make(adapter=str(adapter), methods="prompts,shrink", points=1))
-    for name in ("prompts", "shrink"):
+    monkeypatch.setattr(comparison, "PromptsPath", partial(PromptsPath, budget_bytes=budget))
+    names = ["prompts", "keep-out-protect", "shrink", "rotated", "benign"]
+    report = compare_methods(make(adapter=str(adapter), methods=",".join(names), points=1))
+    for name in names:
         (point,) = [point for point in of(report, name) if point.origin is Origin.AUTO]
         assert (point.strength, point.moved) == (0.0, 0.0)
     assert report.adapter.retention.value is None  # nothing was gained over the host

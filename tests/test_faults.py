@@ -320,6 +320,25 @@ def test_an_adapter_that_changes_meanwhile_is_an_input_error(
     assert list(settings.out.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_what_comes_back_as_it_is_is_never_other_bytes_than_were_read(
+    name: str, by_weights: Callable[..., FixSettings]
+) -> None:
+    settings = by_weights(strength=0.0)
+    assert settings.out is not None
+    file = Path(settings.adapter) / name
+
+    def change_behind_its_stamp() -> None:
+        before = file.stat()
+        file.write_bytes(file.read_bytes()[:-1] + b" ")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with pytest.raises(InputError, match="changed while it was being used") as caught:
+        fix_adapter(settings, At("write", change_behind_its_stamp))
+    assert name in caught.value.message
+    assert list(settings.out.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_host_that_changes_meanwhile_is_an_input_error(
     name: str, by_weights: Callable[..., FixSettings], hosts: Callable[..., Path], tmp_path: Path

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from badfiles import with_header
 
 import csulora_cli
 from csulora_cli import api
@@ -67,6 +68,19 @@ def edited(
         change(tensors)
         safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
+
+
+def otherwise_stored(folder: Path) -> None:
+    """Put an adapter's tensors in another order, under other metadata and with spaces in the header."""
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "made by": "another program"}}
+    data = b""
+    for key in sorted(tensors, reverse=True):
+        values = tensors[key].numpy().tobytes()
+        offsets = [len(data), len(data) + len(values)]
+        header[key] = {"dtype": "F32", "shape": list(tensors[key].shape), "data_offsets": offsets}
+        data += values
+    (folder / WEIGHTS).write_bytes(with_header(header, data))
 
 
 def sha256(path: Path) -> str:
@@ -305,9 +319,15 @@ def test_the_base_that_the_adapter_names_is_taken(settings: Callable[..., FixSet
     assert report.inputs["host"].name == "llama"
 
 
+@pytest.mark.parametrize("is_ours", [True, False], ids=["stored as csulora does", "stored otherwise"])
 @pytest.mark.parametrize("source", ["prompts", "weights"])
 def test_an_adapter_that_does_not_move_the_host_comes_back_unchanged(
-    source: str, settings: Callable[..., FixSettings], adapters: Callable[..., Path], tmp_path: Path, prompts: Path
+    source: str,
+    is_ours: bool,
+    settings: Callable[..., FixSettings],
+    adapters: Callable[..., Path],
+    tmp_path: Path,
+    prompts: Path,
 ) -> None:
     def silence(tensors: dict[str, torch.Tensor]) -> None:
         for key, tensor in tensors.items():
@@ -315,6 +335,8 @@ def test_an_adapter_that_does_not_move_the_host_comes_back_unchanged(
                 tensor.zero_()
 
     adapter = edited(adapters("llama"), tmp_path / "my-adapter", silence)
+    if not is_ours:
+        otherwise_stored(adapter)
     changes = {"unaligned": True, "strength": "auto", "prompts": prompts} if source == "weights" else {}
     wanted = settings(adapter=str(adapter), **changes)
     report = fix_adapter(wanted)
@@ -322,8 +344,37 @@ def test_an_adapter_that_does_not_move_the_host_comes_back_unchanged(
     assert report.strength.is_auto
     assert report.is_unchanged
     assert wanted.out is not None
-    assert (wanted.out / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+    for name in (WEIGHTS, CONFIG):
+        assert (wanted.out / name).read_bytes() == (adapter / name).read_bytes()
+        assert report.files[name] == report.inputs["adapter"].sha256[name]
     assert "Every tensor is written as it was read." in (wanted.out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_strength_zero_gives_the_files_of_an_adapter_back(
+    source: str, settings: Callable[..., FixSettings], adapters: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = edited(adapters("llama"), tmp_path / "my-adapter")
+    otherwise_stored(adapter)
+    wanted = settings(adapter=str(adapter), strength=0.0, **SOURCES[source])
+    assert fix_adapter(wanted).is_unchanged
+    assert wanted.out is not None
+    for name in (WEIGHTS, CONFIG):
+        assert (wanted.out / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_how_an_adapter_was_stored_makes_no_difference_to_its_repair(
+    settings: Callable[..., FixSettings], adapters: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = edited(adapters("llama"), tmp_path / "my-adapter")
+    written = []
+    for _ in range(2):
+        wanted = settings(adapter=str(adapter), unaligned=True, overwrite=True)
+        assert not fix_adapter(wanted).is_unchanged
+        assert wanted.out is not None
+        written.append((wanted.out / WEIGHTS).read_bytes())
+        otherwise_stored(adapter)
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])

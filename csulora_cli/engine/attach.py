@@ -49,6 +49,11 @@ class Factors:
         return cls(site.lora_a, site.lora_b, site.scale, site.bias, site.place, site.gain)
 
 
+def unchanged(sites: Iterable[Site]) -> dict[str, Factors]:
+    """The factors of sites as stored, by name."""
+    return {site.name: Factors.of(site) for site in sites}
+
+
 @dataclass(frozen=True)
 class Update:
     """What an adapter does to the host; empty, it is the host alone.
@@ -64,7 +69,7 @@ class Update:
     @classmethod
     def of(cls, adapter: Adapter) -> "Update":
         """An adapter as stored."""
-        return cls({site.name: Factors.of(site) for site in adapter.sites}, adapter.carried)
+        return cls(unchanged(adapter.sites), adapter.carried)
 
     def repaired(self, factors: Mapping[str, Factors]) -> "Update":
         """The same adapter with other factors."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from csulora_cli.engine.attach import Factors, Update
+from csulora_cli.engine.attach import Factors, Update, unchanged
 from csulora_cli.engine.host import Host, solver_device
 from csulora_cli.engine.inputs import (
     DEFAULT_BUDGET_BYTES,
@@ -198,10 +198,15 @@ class PromptsPath:
                 f"{len(acting)} of {len(self.sites)} adapted modules do not run on a text prompt: {some(acting, 2)}",
                 "Prompts cannot judge them; use --unaligned without --protect.",
             )
-        return {site.name: Factors.of(site) for site in idle}
+        return unchanged(idle)
 
     def repaired(self, strength: float, solver: Solver = closest) -> dict[str, Factors]:
-        """The update at λ, by module name. Where the moments did not fit, λ must be one of `strengths`."""
+        """The update at λ, by module name: at 0 the one as stored, which no solver changes, whatever β is.
+
+        Where the moments did not fit, any other λ must be one of `strengths`.
+        """
+        if strength == 0:
+            return unchanged(self.sites.values())
         key = solver, strength
         if self._moments and key not in self._solved:
             self._solved[key] = {

@@ -174,11 +174,6 @@ def random_basis(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return basis
 
 
-def unchanged(modules: Sequence[Site]) -> dict[str, Factors]:
-    """The adapter as it is."""
-    return {module.name: Factors.of(module) for module in modules}
-
-
 def with_b(module: Site, lora_b: Tensor) -> Factors:
     """The module with another B, (out, r)."""
     return replace(Factors.of(module), lora_b=lora_b.float().cpu())
