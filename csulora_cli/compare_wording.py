@@ -86,7 +86,9 @@ def _kept_legend(report: CompareReport) -> str:
     kind = report.adapter.retention.kind
     if kind is RetentionKind.GENERAL_KL:
         where = "general" if report.prompt_counts["general"] else "benign"
-        return f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), first answer token, {where} prompts, cut to 0 to 1"
+        return (
+            f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), first answer token, on {where} prompts, cut to 0 to 1"
+        )
     return f"kept: (model − host)/(adapter − host) on the task's {kind}, cut to 0 to 1"
 
 

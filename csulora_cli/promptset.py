@@ -173,7 +173,7 @@ def _deal_categories(lines: list[_Line]) -> dict[str, str]:
     alike: dict[frozenset[str], list[str | None]] = {}
     for name, found in labels.items():
         alike.setdefault(frozenset(found), []).append(name)
-    if not all(labels) or min(map(len, alike.values())) < len(_CYCLE):
+    if not all(labels) or any(len(names) < len(_CYCLE) for names in alike.values()):
         return {}
     turn = {name: _CYCLE[index % len(_CYCLE)] for names in alike.values() for index, name in enumerate(names)}
     return {line.prompt: turn[line.category] for line in lines}

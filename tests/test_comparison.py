@@ -23,6 +23,7 @@ from csulora_cli.engine.prompts_source import PromptsPath
 from csulora_cli.engine.scoring import EncodedScoring
 from csulora_cli.errors import HostError, PromptsError, UsageError
 from csulora_cli.evaluation import evaluate_adapters
+from csulora_cli.files import sha256_of
 from csulora_cli.methods import REGISTRY
 from csulora_cli.promptset import load_prompts
 from csulora_cli.settings import CompareSettings, EvalSettings, FixSettings, Geometry
@@ -256,18 +257,20 @@ def scoring_of(settings: CompareSettings, folder: Path, **changes: Any) -> EvalS
 
 def test_winners_are_not_scored_on_what_chose_them(make: Make, task: Path, tmp_path: Path) -> None:
     out = tmp_path / "winners"
-    settings = make(out=out, methods="shrink", task=task, points=1)
+    settings = make(out=out, methods="prompts,lssf,shrink")
     compare_methods(settings)
     (winner, *_) = (path for path in out.iterdir() if path.is_dir())
     with pytest.raises(PromptsError, match="no prompts are left"):
         evaluate_adapters(scoring_of(settings, winner))
-    # The built-in prompts did not choose it; the task did.
-    unused = {"prompts": None, "limit": 2}
-    with pytest.raises(PromptsError, match="no prompts are left"):
-        evaluate_adapters(scoring_of(settings, winner, task=task, **unused))
+    unused: dict[str, Any] = {"prompts": None, "task": task, "limit": 2}
     report = evaluate_adapters(scoring_of(settings, winner, **unused))
     assert [warning for warning in report.warnings if "was repaired with other prompts" in warning]
     assert report.models[2].score.attack_success.total == 2
+    record = json.loads((winner / "csulora.json").read_text())
+    record["inputs"]["task"] = {"name": "my task", "commit": None, "sha256": {"my task": sha256_of(task)}}
+    (winner / "csulora.json").write_text(json.dumps(record))
+    with pytest.raises(PromptsError, match="no prompts are left"):
+        evaluate_adapters(scoring_of(settings, winner, **unused))
 
 
 def test_the_control_of_equal_norm_is_as_large_as_the_first_own_repair(make: Make) -> None:

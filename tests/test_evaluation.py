@@ -1,7 +1,7 @@
 """Evaluating adapters on tiny models: what is scored, what never is, and what comes out."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -425,7 +425,11 @@ def test_a_file_that_is_no_file_of_answers_is_never_replaced(world: World, tmp_p
 
 
 def test_a_run_that_fails_leaves_no_answers(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("csulora_cli.evaluation.answer_is_right", lambda *_: 1 / 0)
+    def one_line(*_: object) -> Iterator[dict[str, Any]]:
+        yield {"model": "host"}
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("csulora_cli.evaluation._Evaluation._lines", one_line)
     with pytest.raises(ZeroDivisionError):
         world.run(save_answers=tmp_path / "answers.jsonl", limit=1)
     assert list(tmp_path.iterdir()) == []

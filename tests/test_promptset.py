@@ -196,7 +196,7 @@ def test_categories_of_one_label_are_dealt_out_whole_beside_those_of_both(tmp_pa
 
 @pytest.mark.parametrize("missing", ["category", "categories"])
 def test_prompts_are_dealt_where_categories_cannot_be(tmp_path: Path, missing: str) -> None:
-    rows = [{**row, "category": f"c{index // 2 % 8}"} for index, row in enumerate(lines(32))]
+    rows = [{**row, "category": f"c{index // 2 % 5}"} for index, row in enumerate(lines(32))]
     if missing == "category":
         del rows[0]["category"]
     else:
@@ -304,7 +304,7 @@ def test_a_file_of_absurd_size_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert "larger than 1 MiB" in refused(tmp_path, ["x" * 2**20])
 
 
-CATEGORIES = st.none() | st.sampled_from([f"c{index}" for index in range(6)])
+CATEGORIES = st.none() | st.sampled_from([f"c{index}" for index in range(9)])
 
 
 @QUICK
@@ -316,11 +316,11 @@ def test_dealing_puts_each_prompt_into_one_split_and_never_tears_a_category(
     split_of = _deal(rows, "prompts.jsonl")
     assert set(split_of) == {row.prompt for row in rows}
     assert set(split_of.values()) <= set(SPLITS)
-    shared = {row.category for row in rows if row.label == "harmful"} & {
-        row.category for row in rows if row.label == "benign"
-    }
-    if len(shared) >= 4 and None not in shared and all(row.category in shared for row in rows):
-        assert all(len({split_of[row.prompt] for row in rows if row.category == name}) == 1 for name in shared)
+    harmful, benign = ({row.category for row in rows if row.label == label} for label in ("harmful", "benign"))
+    alike = (harmful & benign, harmful - benign, benign - harmful)
+    if None not in harmful | benign and all(len(names) not in (1, 2, 3) for names in alike):
+        for name in harmful | benign:
+            assert len({split_of[row.prompt] for row in rows if row.category == name}) == 1
 
 
 def test_general_prompts_are_protected_and_all_benign_ones_where_there_are_none() -> None:

@@ -98,6 +98,15 @@ def test_a_tower_that_was_not_trained_stays_and_stops_nothing(
     }
 
 
+def test_an_adapter_of_nothing_but_such_a_tower_stays_as_it_is(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = make(TOWER, zero="vision_tower", out=tmp_path / "out", strength=2.0)
+    assert fix_adapter(FixSettings(str(tmp_path / "adapter"), **settings)).is_unchanged
+    before, after = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("adapter", "out"))
+    assert before == after
+
+
 def test_eval_tells_what_it_cannot_measure(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     settings = make(TOWER, answer_tokens=2)
     report = evaluate_adapters(EvalSettings((str(tmp_path / "adapter"),), **settings))

@@ -145,15 +145,15 @@ def show(report: CompareReport) -> None:
     for line in compare_wording.method_lines(report):
         console.out(line)
     console.out()
-    if report.left_out:
-        for line in compare_wording.left_out_lines(report):
-            console.out(console.wrapped(line))
-        console.out()
     show_points(report)
 
 
 def show_points(report: CompareReport) -> None:
-    """The table of points, its legend, and what it says in sentences."""
+    """What was left out, the table of points, its legend, and what it says in sentences."""
+    if report.left_out:
+        for line in compare_wording.left_out_lines(report):
+            console.out(console.wrapped(line))
+        console.out()
     console.out(compare_wording.point_table(report).as_text())
     for line in compare_wording.legend(report):
         console.out(console.wrapped(line, "  "))

@@ -73,8 +73,8 @@ def _show(report: "DemoReport") -> None:
         for line in wording.strength_lines(fixed):
             console.out(f"  {line}")
     console.out()
-    console.out("The same adapter repaired by every method that csulora compare knows, on the")
-    console.out("report prompts and the held-out task:")
+    console.out("The same adapter repaired by the methods of csulora compare, on the report")
+    console.out("prompts and the held-out task:")
     console.out()
     compare.show_points(report.comparison)
     console.out()

@@ -130,7 +130,7 @@ class PromptsPath:
         self._device = solver_device(host.device)
         self.groups = group_sites(host, sites, prompts.faded.tokens[0])
         self._idle = self._idle_sites()
-        self._moments: dict[InputGroup, Moments] = {}
+        self._moments: dict[InputGroup, Moments] | None = None  # where they do not fit
         self._solved: dict[tuple[Solver, float], dict[str, Factors]] = {}
         self._host, self._prompts, self._progress = host, prompts, progress
         self._wanted = [(solver, strength) for solver in solvers for strength in strengths]
@@ -208,7 +208,7 @@ class PromptsPath:
         if strength == 0:
             return unchanged(self.sites.values())
         key = solver, strength
-        if self._moments and key not in self._solved:
+        if self._moments is not None and key not in self._solved:
             self._solved[key] = {
                 name: factors
                 for group, moments in self._moments.items()
