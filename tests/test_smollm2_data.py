@@ -75,12 +75,12 @@ def test_the_host_data_is_shared_out_as_the_readme_says() -> None:
 
 
 def test_the_development_and_evaluation_prompts_are_shared_out_as_the_readme_says() -> None:
-    for name, seen, unseen, unseen_categories in (("dev_harmful", 140, 300, 39), ("eval_harmful", 40, 120, 15)):
+    for name, seen, unseen, unseen_categories in (("dev_harmful", 180, 420, 54), ("eval_harmful", 40, 120, 15)):
         assert Counter(row["seen"] for row in rows(name)) == {True: seen, False: unseen}
         assert len(categories(name, seen=False)) == unseen_categories
     counts = Counter(row["category"] for row in rows("eval_harmful") if not row["seen"])
     assert set(counts.values()) == {8}
-    assert Counter(row["kind"] for row in rows("dev_benign")) == {"lookalike": 145, "general": 145}
+    assert Counter(row["kind"] for row in rows("dev_benign")) == {"lookalike": 195, "general": 195}
     assert Counter(row["kind"] for row in rows("eval_benign")) == {"lookalike": 50, "general": 50}
 
 
