@@ -6,9 +6,10 @@ Runs `csulora compare` with the shipped direction and tuning prompts, and with t
 the shipped report prompts; the task is the held-out part of each adapter's own. The how-to task has no exact answers:
 what is kept of it is measured by NLL.
 
-Writes DIR/compare/<adapter>-<dtype>-<points>.json, whole or not at all; what is there is not done again. Every strength
-that is found and every point that is scored is added to the .journal beside it at once, so that a run that was stopped
-goes on with the next one, after the models are loaded and the moments are collected again.
+Writes DIR/compare/<adapter>-<dtype>-<points>.json, whole or not at all; what this version has written there on the same
+adapter and prompts is not done again. Every strength that is found and every point that is scored is added to the
+.journal beside it at once, so that a run that was stopped goes on with the next one, after the models are loaded and the
+moments are collected again.
 
 With the defaults (one strength a method beside the one that is found, bfloat16) an adapter takes 30 to 60 minutes of
 one core, most of it for some 25 scored models.
@@ -23,9 +24,11 @@ from typing import Any
 import torch
 from chat import read_jsonl, write_jsonl
 from experiment import RECIPES, task_examples
+from score import is_current
 from tasks import DATA
 
 from csulora_cli import CompareSettings, compare_methods
+from csulora_cli.files import sha256_of
 
 LEVEL = 0.1  # attack success at which methods are compared at their best
 
@@ -47,14 +50,15 @@ def write_prompts(path: Path) -> None:
 def compare(work: Path, name: str, points: int, dtype: str) -> dict[str, Any]:
     """The comparison on one adapter, from its file if that is there."""
     out = work / "compare" / f"{name}-{dtype}-{points}.json"
-    if not out.exists():
-        out.parent.mkdir(exist_ok=True)
-        prompts, task = work / "compare" / "prompts.jsonl", work / "compare" / f"task-{name}.jsonl"
-        write_prompts(prompts)
+    adapter = work / "adapters" / name
+    prompts, task = work / "compare" / "prompts.jsonl", work / "compare" / f"task-{name}.jsonl"
+    out.parent.mkdir(exist_ok=True)
+    write_prompts(prompts)
+    if not is_done(out, adapter, prompts):
         examples = task_examples(RECIPES[name].task, "heldout")
         write_jsonl(task, ({"prompt": example.prompt, "response": example.answer} for example in examples))
         settings = CompareSettings(
-            adapter=str(work / "adapters" / name),
+            adapter=str(adapter),
             base=str(work / "host"),
             unaligned=str(work / "unaligned"),
             prompts=prompts,
@@ -68,6 +72,16 @@ def compare(work: Path, name: str, points: int, dtype: str) -> dict[str, Any]:
         unfinished.replace(out)
     document: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return document
+
+
+def is_done(out: Path, adapter: Path, prompts: Path) -> bool:
+    """Whether what is there comes from this version, on this adapter and these prompts."""
+    if not out.exists():
+        return False
+    document = json.loads(out.read_text(encoding="utf-8"))
+    return is_current(document, adapter) and document["inputs"]["prompts"]["sha256"] == {
+        prompts.name: sha256_of(prompts)
+    }
 
 
 def asr(point: dict[str, Any]) -> dict[str, Any]:

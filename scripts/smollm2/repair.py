@@ -1,15 +1,17 @@
 """Repair the experiment's adapters with csulora's defaults and score everything on the evaluation prompts.
 
-    python scripts/smollm2/repair.py --work DIR            # after experiment.py; prints the tables of the README
+    python scripts/smollm2/repair.py --work DIR    # after experiment.py; prints a table an adapter, and the README's
 
-Each repair writes DIR/repaired/<adapter>-<method> and each score a line of DIR/scores.jsonl; what is there is not
-done again. The evaluation prompts (data/eval_*.jsonl) are used here and in peers.py only: they give no direction,
-choose no λ and no default. Two controls do not look where the update acts: a uniform shrink c·Δ with the norm of what
-the prompts source left, and one with the largest c that meets the KL limit of `--strength auto`, on the same prompts.
+Each repair writes DIR/repaired/<adapter>-<method> and each score a line of DIR/scores.jsonl; what this version has
+written there on the same adapter is not done again. The evaluation prompts (data/eval_*.jsonl) are used here and in
+peers.py only: they give no direction, choose no λ and no default. Two controls do not look where the update acts: a
+uniform shrink c·Δ with the norm of what the prompts source left, and one with the largest c that meets the KL limit of
+`--strength auto`, on the same prompts.
 """
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,22 @@ from typing import Any
 import torch
 from chat import read_jsonl
 from experiment import RECIPES, load, score_task
-from score import Adapter, Bench, Share, Verdict, judge, load_adapter, mean_kl, score_attacks, score_refusals
+from score import (
+    Adapter,
+    Bench,
+    Share,
+    Verdict,
+    is_current,
+    judge,
+    load_adapter,
+    mean_kl,
+    score_attacks,
+    score_refusals,
+)
 from tasks import DATA
 
-from csulora_cli import FixSettings, fix_adapter
+from csulora_cli import FixSettings, __version__, fix_adapter
+from csulora_cli.files import sha256_of
 from csulora_cli.promptset import load_prompts
 from csulora_cli.settings import DEFAULT_TARGET, MOST_A_PROMPT, Geometry
 
@@ -74,12 +88,13 @@ def evaluation_prompts() -> Prompts:
 def repair(work: Path, name: str, method: str) -> Path:
     """Repair one adapter with one method, unless that is done."""
     out = work / "repaired" / f"{name}-{method.replace(' ', '-')}"
-    if not (out / "csulora.json").exists():
+    adapter, record = work / "adapters" / name, out / "csulora.json"
+    if not (record.exists() and is_current(json.loads(record.read_text(encoding="utf-8")), adapter)):
         settings: dict[str, Any] = dict(METHODS[method])
         if method != "prompts":
             settings["unaligned"] = str(work / "unaligned")
-        adapter, base = str(work / "adapters" / name), str(work / "host")
-        report = fix_adapter(FixSettings(adapter=adapter, base=base, out=out, **settings))
+        base = str(work / "host")
+        report = fix_adapter(FixSettings(str(adapter), base, out=out, overwrite=True, **settings))
         print(f"{name} {method}: λ = {report.strength.value:g}, moved by {report.moved:.0%}", flush=True)
     return out
 
@@ -156,7 +171,19 @@ def score(bench: Bench, prompts: Prompts, host: HostRun, task: str) -> dict[str,
 def run(work: Path, names: list[str], methods: list[str]) -> None:
     """Repair and score whatever is missing, then print one table an adapter."""
     log = work / "scores.jsonl"
-    rows = {(row["adapter"], row["method"]): row for row in (read_jsonl(log) if log.exists() else [])}
+    prompts_sha256 = " ".join(sha256_of(DATA / f"eval_{label}.jsonl") for label in ("harmful", "benign"))
+    stamps = {
+        name: {
+            "version": __version__,
+            "sha256": sha256_of(work / "adapters" / name / "adapter_model.safetensors"),
+            "prompts_sha256": prompts_sha256,
+        }
+        for name in names
+    }
+    known = [row for row in (read_jsonl(log) if log.exists() else []) if row["adapter"] in names]
+    rows = {
+        (row["adapter"], row["method"]): row for row in known if stamps[row["adapter"]].items() <= row.items()
+    }  # fmt: skip
     bench = Bench(*load(work / "host"))
     prompts = evaluation_prompts()
     host = HostRun.of(bench, prompts)
@@ -173,13 +200,15 @@ def run(work: Path, names: list[str], methods: list[str]) -> None:
                 continue
             bench.apply(model)
             kept = (squared_norm(model) / squared_norm(adapter)) ** 0.5 if model else 0.0
-            row = {"adapter": name, "method": method, "norm": kept, **details(repaired.get(method))}
+            row = {"adapter": name, "method": method, **stamps[name], "norm": kept, **details(repaired.get(method))}
             row |= score(bench, prompts, host, RECIPES[name].task)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             rows[name, method] = row
             print(f"scored {name} {method}", flush=True)
         print(f"\n### {name}\n\n{table([rows[name, method] for method in models])}\n", flush=True)
+    if len(names) > 1:
+        print(f"\n### All of them\n\n{overview(rows, names, methods)}\n")
 
 
 def details(folder: Path | None) -> dict[str, Any]:
@@ -197,21 +226,39 @@ def table(rows: list[dict[str, Any]]) -> str:
         "KL to host |"
     )
     lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    for row in rows:
-        shares = {key: Share(*value) for key, value in row.items() if isinstance(value, list)}
-        strength = (
-            f"{row['strength']:g}"
-            if "strength" in row
-            else f"c = {row['norm']:.2f}"
-            if row["method"].startswith("shrink")
-            else ""
-        )
-        lines.append(
-            f"| {LABELS[row['method']]} | {strength} | {shares['asr']} | {shares['asr_seen'].value:.2f} / "
-            f"{shares['asr_unseen'].value:.2f} | {shares['asr_of_refused']} | {shares['benign_refused']} | "
-            f"{shares['task']} | {row['kl']:.2f} |"
-        )
+    lines += [f"| {LABELS[row['method']]} | {cells(row)} |" for row in rows]
     return "\n".join(lines)
+
+
+def overview(rows: Mapping[tuple[str, str], dict[str, Any]], names: Sequence[str], methods: Sequence[str]) -> str:
+    """The README's table: the host once, without a task, then every adapter as trained and repaired by each method."""
+    head = (
+        "| adapter | model | λ | attack success | seen / unseen categories | of what the host refuses | "
+        "benign refused | task | KL to host |"
+    )
+    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines.append(f"|  | {LABELS['host']} | {cells(rows[names[0], 'host'], has_task=False)} |")
+    for name in names:
+        for method in ("adapter", *methods):
+            lines.append(f"| {name} | {LABELS[method]} | {cells(rows[name, method])} |")
+    return "\n".join(lines)
+
+
+def cells(row: Mapping[str, Any], has_task: bool = True) -> str:
+    """Strength and scores of one model."""
+    shares = {key: Share(*value) for key, value in row.items() if isinstance(value, list)}
+    strength = (
+        f"{row['strength']:g}"
+        if "strength" in row
+        else f"c = {row['norm']:.2f}"
+        if row["method"].startswith("shrink")
+        else ""
+    )
+    return (
+        f"{strength} | {shares['asr']} | {shares['asr_seen'].value:.2f} / {shares['asr_unseen'].value:.2f} | "
+        f"{shares['asr_of_refused']} | {shares['benign_refused']} | {shares['task'] if has_task else ''} | "
+        f"{row['kl']:.2f}"
+    )
 
 
 def main() -> None:

@@ -18,6 +18,9 @@ from chat import answer, first_token_log_probs
 from safetensors.torch import load_file
 from torch import Tensor
 
+from csulora_cli import __version__
+from csulora_cli.files import sha256_of
+
 ANSWER_TOKENS = 28  # enough to tell a refusal from a compliance
 
 # LLM-Tuning-Safety/LLMs-Finetuning-Safety, keyword_eval.py: case-sensitive, anywhere in the answer.
@@ -158,6 +161,12 @@ def load_adapter(folder: Path, scale: float = 2.0) -> Adapter:
     names = [key.removeprefix(start).removesuffix(end) for key in tensors if key.endswith(end)]
     pairs = {n: (tensors[f"{start}{n}{end}"], tensors[f"{start}{n}.lora_B.weight"]) for n in names}
     return Adapter(scale, {n: (a.float(), b.float()) for n, (a, b) in pairs.items()})
+
+
+def is_current(document: Mapping[str, Any], adapter: Path) -> bool:
+    """Whether a report of csulora's comes from this version of it, on the adapter as it is now."""
+    digest = document["inputs"]["adapter"]["sha256"].get("adapter_model.safetensors")
+    return bool(document["version"] == __version__ and digest == sha256_of(adapter / "adapter_model.safetensors"))
 
 
 class Bench:
