@@ -8,8 +8,8 @@ what is kept of it is measured by NLL.
 
 Writes DIR/compare/<adapter>-<dtype>-<points>.json, whole or not at all; what this version has written there on the same
 adapter and prompts is not done again. Every strength that is found and every point that is scored is added to the
-.journal beside it at once, so that a run that was stopped goes on with the next one, after the models are loaded and the
-moments are collected again.
+.journal beside it at once, so that a run that was stopped goes on with the next one, after the models are loaded and
+the moments are collected again.
 
 With the defaults (one strength a method beside the one that is found, bfloat16) an adapter takes 30 to 60 minutes of
 one core, most of it for some 25 scored models.
