@@ -1,3 +1,3 @@
 """The version of csulora, alone in a file so that reading it imports nothing."""
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
