@@ -49,6 +49,15 @@ class Prompts:
         return self.general or self.benign
 
     @property
+    def answered(self) -> tuple[str, ...]:
+        """Whose answers alone a repair holds on to, and not what was asked: look-alikes that are not protected.
+
+        The update fades on how these ask, and its answers to them are as good as any. Measured on two adapters: at an
+        equal KL to the host on harmful prompts, a chat-like task lost a sixth less.
+        """
+        return self.lookalikes if self.general else ()
+
+    @property
     def faded(self) -> tuple[str, ...]:
         """What an update fades on: look-alikes; harmful prompts too where these are few, or alone where there are none.
 

@@ -21,8 +21,8 @@ from csulora_cli.promptset import Prompts
 CPU = torch.device("cpu")
 TURN = 2
 HARMFUL = [[1, 5, 9, 33, 12, 7, 3], [1, 8, 7, 3], [1, 60, 5, 5, 9, 41, 22, 11, 2, 7, 3]]
-BENIGN = [[1, 20, 21, 7, 3, 9], [1, 5, 7, 3, 30]]
-PROMPTS = DirectionPrompts(Side(HARMFUL, [7, 4, 11], TURN, 0.04), Side(BENIGN, [5, 4], TURN, 1.0))
+BENIGN = [[1, 20, 21, 7, 3, 9], [1, 5, 7, 3, 30], [1, 8, 50, 9, 7, 3, 40, 41], [1, 60, 7, 3]]
+PROMPTS = DirectionPrompts(Side(HARMFUL, [7, 4, 11], TURN, 0.04), Side(BENIGN, [5, 4, 6, 4], TURN, 1.0, replies=2))
 
 
 def opened(folder: Path) -> Host:
@@ -34,11 +34,17 @@ def site(name: str, place: Place, in_features: int, out_features: int) -> Site:
 
 
 def counts(side: Side) -> list[list[float]]:
-    """How often each token counts: the first as its side says, the prompt's last ones 25 times, an answer once."""
-    return [
+    """How often each token counts: the first as its side says, the prompt's last ones 25 times, an answer once.
+
+    Of the last prompts, as many as there are replies, the answer alone counts.
+    """
+    rows = [
         [side.sink or 0.0, *(25.0 if end - TURN <= place < end else 1.0 for place in range(1, len(ids)))]
         for ids, end in zip(side.tokens, side.ends, strict=True)
     ]
+    for row, end in list(zip(rows, side.ends, strict=True))[len(rows) - side.replies :]:
+        row[:end] = [0.0] * end
+    return rows
 
 
 def moment(prompts: list[Tensor]) -> Tensor:
@@ -93,7 +99,7 @@ def test_a_first_token_that_all_prompts_share_counts_apart(
     kind: str, template: str | None, has_sink: bool, hosts: Callable[..., Path]
 ) -> None:
     host = opened(hosts(kind, template=template))
-    prompts = Prompts(harmful=(), lookalikes=("make w1 w2", "tell me w3"), general=("explain w4",))
+    prompts = Prompts(harmful=("steal w5",), lookalikes=("make w1 w2", "tell me w3"), general=("explain w4",))
     bare = DirectionPrompts.encode(host, prompts)
     whole = [host.encode(text) for text in (*prompts.lookalikes, *prompts.general)]
     assert [*bare.faded.tokens, *bare.benign.tokens] == whole
@@ -101,9 +107,10 @@ def test_a_first_token_that_all_prompts_share_counts_apart(
     lengths = [len(ids) for ids in whole]
     assert bare.tokens == (lengths[0] + lengths[1] - has_sink, lengths[2])  # two prompts, one first token
 
-    answered = bare.answered([[30, 31, 32]])
-    assert answered.tokens == (bare.tokens[0], bare.tokens[1] + 3)
-    assert answered.benign.ends == bare.benign.ends
+    answered = bare.answered([[1, 8, 9], [1, 9]], [[30, 31, 32], [33], []])
+    assert answered.tokens == (bare.tokens[0], bare.tokens[1] + 3 + 1)
+    assert answered.benign.tokens == [[*bare.benign.tokens[0], 30, 31, 32], [1, 8, 9, 33], [1, 9]]
+    assert (answered.benign.ends, answered.benign.replies) == ([*bare.benign.ends, 3, 2], 2)
     other = answered.fading_on([[9] * 6])
     assert (other.faded.count, other.faded.ends, other.faded.turn) == (6, [6], bare.faded.turn)
     assert other.benign == answered.benign

@@ -377,8 +377,9 @@ def test_controls_fade_on_other_prompts_and_protect_the_same_answers(
     assert faded == want
     own, *controls = seen
     protected = [tuple(ids[:end]) for ids, end in zip(own.benign.tokens, own.benign.ends, strict=True)]
-    assert protected == want[2]
-    assert max(map(len, own.benign.tokens)) > max(map(len, want[2]))  # there are answers, on which no control fades
+    assert protected == [*want[2], *want[0]]
+    assert own.benign.replies == len(want[0])  # how look-alikes ask is not protected, the answers to them are
+    assert max(map(len, own.benign.tokens)) > max(map(len, protected))  # there are answers, on which no control fades
     assert all(control.benign == own.benign for control in controls)
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,13 @@ def reads_encoder(name: str) -> bool:
     return is_cross or re.match(r"(model\.)?encoder\.", name) is not None
 
 
-def moments(kind: str, model: Any, names: Sequence[str], exchanges: Sequence[Exchange]) -> dict[str, Tensor]:
-    """C of what each module reads, scaled to trace `in`, by hooks on one prompt at a time."""
+def moments(
+    kind: str, model: Any, names: Sequence[str], exchanges: Sequence[Exchange], replies: int = 0
+) -> dict[str, Tensor]:
+    """C of what each module reads, scaled to trace `in`, by hooks on one prompt at a time.
+
+    Of the last exchanges, as many as there are replies, the answer alone counts.
+    """
     prefix = PREFIX[kind]
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -104,10 +110,11 @@ def moments(kind: str, model: Any, names: Sequence[str], exchanges: Sequence[Exc
 
         return take
 
-    for prompt, answer in exchanges:
-        read = torch.ones(len(prompt))
-        read[-TURN:] = 25.0
-        written = torch.tensor([25.0] * len(prefix) + [1.0] * len(answer))
+    for index, (prompt, answer) in enumerate(exchanges):
+        is_asked = float(index < len(exchanges) - replies)
+        read = torch.full((len(prompt),), is_asked)
+        read[-TURN:] *= 25.0
+        written = torch.tensor([25.0 * is_asked] * len(prefix) + [1.0] * len(answer))
         with ExitStack() as stack:
             for name in names:
                 own = hook(name, read if reads_encoder(name) else written)
@@ -280,7 +287,9 @@ def test_every_module_is_put_on_the_side_whose_tokens_it_reads(
     as_long = [11, *answer, 12][-(len(PREFIX[kind]) + len(answer)) :]
     faded: list[Exchange] = [([4, 5, 6, 7], []), ([8, 41, 22, 60, 3, 30, 17], []), ([9, 7], [])]
     benign: list[Exchange] = [(as_long, answer), ([20, 21, 7, 9, 14, 15, 40], [4, 8]), ([30, 3, 9], [])]
-    prompts = DirectionPrompts(side_of(faded), side_of(benign))
+    benign += [([9, 14, 7], [4, 60, 5]), ([9, 4], [])]
+    replies = {"faded": 0, "benign": 2}
+    prompts = DirectionPrompts(side_of(faded), replace(side_of(benign), replies=replies["benign"]))
     groups = group_sites(host, sites, faded[0][0])
     found = {
         name: each
@@ -290,7 +299,7 @@ def test_every_module_is_put_on_the_side_whose_tokens_it_reads(
     model = oracle.load(folder(kind), torch.float64)
     assert found.keys() == {site.name for site in sites}
     for label, exchanges in (("faded", faded), ("benign", benign)):
-        wanted = moments(kind, model, list(found), exchanges)
+        wanted = moments(kind, model, list(found), exchanges, replies[label])
         for name, each in found.items():
             have = getattr(each, label)
             have = have @ have.mT if each.form is Form.TOKENS else have

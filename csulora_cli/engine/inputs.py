@@ -152,12 +152,14 @@ class Side:
         sink: how often the first token counts in each prompt where it is the attention sink of all of them. Its energy,
             which can be a thousand times that of all others together, is left out of the trace by which moments are
             scaled. None: there is no such token.
+        replies: of so many prompts, the last ones, the answer alone counts.
     """
 
     tokens: list[list[int]]
     ends: list[int]
     turn: int
     sink: float | None = None
+    replies: int = 0
 
     def batches(self, host: Host) -> Iterator[Batch]:
         """Batches of all of them."""
@@ -165,32 +167,40 @@ class Side:
 
     def weights(self, batch: Batch) -> tuple[Tensor, ...]:
         """How often each token of a batch counts, (B, T) for each of its sides, float32; 0 on padding and sinks."""
-        prompts = _weights(batch.prompts, self.turn)
+        is_reply = [row >= self._whole for row in batch.rows]
+        prompts = _weights(batch.prompts, self.turn, is_reply)
         if self.sink is not None:
             prompts[:, 0] = 0
         if batch.decoder is None:
             return (prompts,)
-        return prompts, _weights(batch.decoder, batch.decoder.ids.shape[1])
+        return prompts, _weights(batch.decoder, batch.decoder.ids.shape[1], is_reply)
 
     def sinks(self, host: Host) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
         """The sink alone, once in the place of all prompts', and how often it counts as in `weights`."""
         if self.sink is not None:
             for batch in host.batches([self.tokens[0][:1]], ends=[1]):
-                yield batch, (batch.prompts.mask.float() * self.sink * len(self.tokens),)
+                yield batch, (batch.prompts.mask.float() * self.sink * self._whole,)
 
     @property
     def count(self) -> int:
         """How many different tokens count."""
-        total = sum(map(len, self.tokens))
-        return total if self.sink is None else total - len(self.tokens) + 1
+        total = sum(map(len, self.tokens)) - sum(self.ends[self._whole :])
+        return total if self.sink is None else total - self._whole + 1
+
+    @property
+    def _whole(self) -> int:
+        """How many prompts count themselves."""
+        return len(self.tokens) - self.replies
 
 
-def _weights(side: Padded, turn: int) -> Tensor:
-    """1 on every token, and `TURN_WEIGHT` on the last `turn` ones before the answer, (B, T)."""
-    ends = torch.tensor(side.ends, device=side.mask.device)[:, None]
-    places = torch.arange(side.mask.shape[1], device=side.mask.device)[None]
-    is_turn = (places < ends) & (places >= ends - turn)
-    return side.mask.float() * torch.where(is_turn, TURN_WEIGHT, 1.0)
+def _weights(side: Padded, turn: int, is_reply: Sequence[bool]) -> Tensor:
+    """1 on every token, `TURN_WEIGHT` on the last `turn` ones before the answer; 0 before a reply. (B, T)."""
+    device = side.mask.device
+    ends = torch.tensor(side.ends, device=device)[:, None]
+    places = torch.arange(side.mask.shape[1], device=device)[None]
+    is_asked = places < ends
+    weights = torch.where(is_asked & (places >= ends - turn), TURN_WEIGHT, 1.0)
+    return side.mask.float() * weights * ~(is_asked & torch.tensor(is_reply, device=device)[:, None])
 
 
 @dataclass(frozen=True)
@@ -215,10 +225,18 @@ class DirectionPrompts:
             Side(benign, _lengths(benign), turn, 1.0 if has_sink else None),
         )
 
-    def answered(self, answers: Sequence[Sequence[int]]) -> "DirectionPrompts":
-        """The same with answers, as token ids, to the benign prompts, in their order."""
-        tokens = [[*prompt, *answer] for prompt, answer in zip(self.benign.tokens, answers, strict=True)]
-        return replace(self, benign=replace(self.benign, tokens=tokens))
+    def answered(self, others: list[list[int]], answers: Sequence[Sequence[int]]) -> "DirectionPrompts":
+        """The same with answers beside the benign prompts, and with answers alone to other ones.
+
+        Args:
+            others: prompts as token ids, which do not count themselves.
+            answers: as token ids, to the benign prompts and then to the others, in their order.
+        """
+        asked = [*self.benign.tokens, *others]
+        tokens = [[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)]
+        return replace(
+            self, benign=replace(self.benign, tokens=tokens, ends=_lengths(asked), replies=len(others))
+        )  # fmt: skip
 
     def fading_on(self, prompts: list[list[int]]) -> "DirectionPrompts":
         """The same with other prompts, as token ids, in the place of those that the update fades on."""

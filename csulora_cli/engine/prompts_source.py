@@ -32,18 +32,20 @@ from csulora_cli.promptset import Prompts
 from csulora_cli.solver.attenuate import by_diagonal, by_moments, by_tokens
 from csulora_cli.text import some
 
-# First tokens of the adapter's own answers to benign prompts that β protects.
+# First tokens of each of the adapter's own answers to benign prompts that β protects.
 PROTECTED_TOKENS = 48
 # The repaired factors of the sites that read one input: (members, moments, β, λ) -> factors by site name.
 Solver = Callable[[Sequence[Site], Moments, float, float], dict[str, Factors]]
 
 
 def protecting(host: Host, prompts: Prompts, adapter: Update, progress: Progress) -> DirectionPrompts:
-    """The direction prompts, the benign ones with the adapter's own answers: what it does there is protected."""
+    """The direction prompts with the adapter's own answers to benign ones: what it does there is protected."""
     bare = DirectionPrompts.encode(host, prompts)
-    progress.stage("answers", len(bare.benign.tokens))
+    others = [host.encode(text) for text in prompts.answered]
+    asked = [*bare.benign.tokens, *others]
+    progress.stage("answers", len(asked))
     with host.adapted(adapter):
-        return bare.answered(host.generate(bare.benign.tokens, PROTECTED_TOKENS, progress.advance))
+        return bare.answered(others, host.generate(asked, PROTECTED_TOKENS, progress.advance))
 
 
 def closest(members: Sequence[Site], moments: Moments, protect: float, strength: float) -> dict[str, Factors]:
