@@ -52,8 +52,8 @@ class Prompts:
     def answered(self) -> tuple[str, ...]:
         """Whose answers alone a repair holds on to, and not what was asked: look-alikes that are not protected.
 
-        The update fades on how these ask, and its answers to them are as good as any. Measured on two adapters: at about
-        the same KL to the host on harmful prompts, a chat-like task lost a sixth less, one far from chat as much.
+        The update fades on how these ask, and its answers to them are as good as any. Measured on two adapters: at
+        about the same KL to the host on harmful prompts, a chat-like task lost a sixth less, one far from chat as much.
         """
         return self.lookalikes if self.general else ()
 
