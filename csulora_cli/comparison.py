@@ -176,10 +176,13 @@ class _Comparison:
         used = {prompt for split in ("directions", "tuning") for prompt in _all(getattr(self.prompts, split))}
         prompts = ScoringPrompts.of(self.prompts.report, self.task.examples if self.task else ())
         kept = prompts.without(used)
-        if dropped := len(prompts.task) - len(kept.task):
-            self.progress.warn(f"{dropped} task prompts are not scored: they give directions or choose strengths")
-        if self.task and not kept.task:
-            raise PromptsError("every task prompt gives directions or chooses strengths", "Give another --task.")
+        if dropped := prompts.count_beyond(kept):
+            self.progress.warn(f"{dropped} prompts are not scored: they give directions or choose strengths")
+        if not kept.is_whole or (self.task and not kept.task):
+            raise PromptsError(
+                "no prompts are left that give no directions and choose no strengths",
+                "Give others as --prompts or --task.",
+            )
         return kept.first(self.settings.limit)
 
     # What the methods ask for

@@ -134,10 +134,11 @@ class _Evaluation:
         """The report split, the task, and neither what gave directions nor what chose λ in any of the adapters."""
         prompts = ScoringPrompts.of(self.prompt_set.report, self.task.examples if self.task else ())
         kept = prompts.without(self._used())
-        dropped = sum(len(getattr(prompts, kind)) - len(getattr(kept, kind)) for kind in (*KINDS, "task"))
-        if dropped:
-            self.progress.warn(f"{dropped} prompts are not scored: they gave directions or chose λ in a repair")
-        if not all(getattr(kept, kind) for kind in KINDS) or (self.task and not kept.task):
+        if dropped := prompts.count_beyond(kept):
+            self.progress.warn(
+                f"{dropped} prompts are not scored: they gave directions or chose λ in a repair, or chose a winner"
+            )
+        if not kept.is_whole or (self.task and not kept.task):
             raise PromptsError("no prompts are left that no repair has used", "Give others as --prompts or --task.")
         return kept.first(self.settings.limit)
 
@@ -153,16 +154,23 @@ class _Evaluation:
             sets.setdefault(built_in.sha256, built_in)
         used = _prompts_of(self.prompt_set, is_winner=False)
         for location in self.adapters_at:
-            origin = origin_of(location.folder)
-            if known := sets.get(origin.prompts_sha256 or ""):
-                used |= _prompts_of(known, origin.is_winner)
-            elif origin.prompts is not None:
+            made = provenance_of(location.folder)
+            if known := sets.get(made.prompts_sha256 or ""):
+                used |= _prompts_of(known, made.is_winner)
+            elif made.prompts is not None:
                 self.progress.warn(
-                    f"{printable(location.label)} was repaired with other prompts ({printable(origin.prompts, 60)}); "
+                    f"{printable(location.label)} was repaired with other prompts ({printable(made.prompts, 60)}); "
                     "those that gave its directions or chose its λ may be among the scored ones"
                 )
-            if self.task is not None and origin.is_winner and origin.task_sha256 == self.task.sha256:
+            if self.task is None or not made.is_winner or made.task_sha256 is None:
+                continue
+            if made.task_sha256 == self.task.sha256:
                 used |= {example.prompt for example in self.task.examples}
+            else:
+                self.progress.warn(
+                    f"{printable(location.label)} was chosen by a comparison on another task file; its examples may be "
+                    "among the scored ones"
+                )
         return used
 
     def _counts(self) -> dict[str, int]:
@@ -323,7 +331,7 @@ def _file_record(source: PromptSet | TaskSet) -> InputRecord:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What an adapter was made with, as far as its `csulora.json` tells.
 
     Attributes:
@@ -339,22 +347,23 @@ class Origin:
     is_winner: bool = False
 
 
-def origin_of(folder: Path) -> Origin:
+def provenance_of(folder: Path) -> Provenance:
     """Where an adapter comes from; a record that cannot be read counts as one with "unknown" prompts."""
     path = folder / REPORT_NAME
     if not path.exists():
-        return Origin()
+        return Provenance()
     try:
         document = read_json_object(path, InputError)
         inputs = document.get("inputs", {})
         digests = {}
         for name in ("prompts", "task"):
             if inputs.get(name) is not None:
-                (digests[name],) = inputs[name]["sha256"].values()
+                (digest,) = inputs[name]["sha256"].values()
+                digests[name] = str(digest)
         named = str(inputs["prompts"]["name"]) if "prompts" in digests else None
-        return Origin(named, digests.get("prompts"), digests.get("task"), "method" in document)
+        return Provenance(named, digests.get("prompts"), digests.get("task"), "method" in document)
     except (InputError, AttributeError, KeyError, TypeError, ValueError):
-        return Origin("unknown")
+        return Provenance("unknown")
 
 
 def _scored(key: str, role: Role, location: Location, run: ModelRun, references: References) -> _Scored:

@@ -105,9 +105,8 @@ def load_prompts(path: Path | None = None) -> PromptSet:
     """Read a JSONL file of `{"prompt": …, "label": "harmful"|"benign"}`, or the built-in set.
 
     `category`, `split` (directions, tuning, report) and, on benign lines, `kind` (lookalike, general) are optional.
-    Without splits, whole categories are dealt out, two of four to directions: those with prompts of both labels, and
-    those of either label alone, each by themselves. Where a prompt has no category, or there are fewer than four of
-    such categories, the prompts themselves are dealt.
+    Without splits, whole categories are dealt out, two of four to directions, where each has prompts of both labels;
+    else the prompts themselves.
 
     Raises:
         PromptsError: unreadable, a malformed line, a prompt twice, or too few prompts of a label in a split.
@@ -171,25 +170,11 @@ def _deal(lines: list[_Line], shown: str) -> dict[str, str]:
         raise PromptsError(
             f"{shown}: {len(given)} of {len(lines)} prompts have a split", "Give every line one, or none of them."
         )
-    return _deal_categories(lines) or _deal_prompts(lines)
-
-
-def _deal_categories(lines: list[_Line]) -> dict[str, str]:
-    """The split of every prompt, whole categories together; nothing where that cannot be."""
-    labels: dict[str | None, set[str]] = {}
-    for line in sorted(lines, key=_is_general):  # categories of one kind follow one another
-        labels.setdefault(line.category, set()).add(line.label)
-    alike: dict[frozenset[str], list[str | None]] = {}
-    for name, found in labels.items():
-        alike.setdefault(frozenset(found), []).append(name)
-    if not all(labels) or any(len(names) < len(_CYCLE) for names in alike.values()):
-        return {}
-    turn = {name: _CYCLE[index % len(_CYCLE)] for names in alike.values() for index, name in enumerate(names)}
-    return {line.prompt: turn[line.category] for line in lines}
-
-
-def _deal_prompts(lines: list[_Line]) -> dict[str, str]:
-    """The split of every prompt, one by one."""
+    both = set.intersection(*({line.category for line in lines if line.label == label} for label in _LABELS))
+    names = sorted(name for name in both if name)
+    if len(names) >= len(_CYCLE) and all(line.category in names for line in lines):
+        turn = {name: _CYCLE[index % len(_CYCLE)] for index, name in enumerate(names)}
+        return {line.prompt: turn[line.category or ""] for line in lines}
     split_of = {}
     for label in _LABELS:
         # Kind by kind: in a file that alternates them, all prompts of a split would otherwise be of one kind.

@@ -1,6 +1,5 @@
 """Strings from files, the Hub and exceptions are hostile: this makes them fit to print."""
 
-import re
 import unicodedata
 
 # Cc control, Cf format (bidi marks, zero width), Cs surrogates, Co private, Zl and Zp line and paragraph separators.
@@ -29,11 +28,12 @@ def _escaped(char: str) -> str:
 
 
 def words_of(text: str) -> str:
-    """A text's words alone, in lower case: the same for two texts that differ in punctuation, case or white space.
+    """A text's words, numbers and symbols in lower case: the same however it is set and punctuated.
 
-    A text without words is itself.
+    A text that has none is itself.
     """
-    return " ".join(re.findall(r"\w+", text.casefold())) or text
+    kept = (char if unicodedata.category(char)[0] in "LMNS" else " " for char in text.casefold())
+    return " ".join("".join(kept).split()) or text
 
 
 def some(names: list[str], count: int = 3) -> str:

@@ -180,10 +180,31 @@ def test_task_prompts_that_gave_directions_are_not_scored(make: Make, prompts: P
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = compare_methods(make(task=path, methods="shrink", points=1))
     assert report.prompt_counts["task"] == 1
-    assert "2 task prompts are not scored" in report.warnings[0]
+    assert "2 prompts are not scored" in report.warnings[0]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
-    with pytest.raises(PromptsError, match="every task prompt"):
+    with pytest.raises(PromptsError, match="no prompts are left"):
         compare_methods(make(task=path, methods="shrink"))
+
+
+def test_report_prompts_that_gave_directions_are_not_scored(make: Make, prompts: Path, tmp_path: Path) -> None:
+    given = load_prompts(prompts)
+    rows = [
+        {"prompt": prompt, "label": label, "split": split}
+        for split in ("directions", "tuning", "report")
+        for label in ("harmful", "benign")
+        for prompt in getattr(getattr(given, split), label)
+    ]
+    again = [{**row, "split": "report", "prompt": f"{row['prompt'].upper()}!"} for row in rows[:3]]
+    path = tmp_path / "again.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again]))
+    report = compare_methods(make(prompts=path, methods="shrink", points=1))
+    assert report.prompt_counts["harmful"] == len(given.report.harmful)
+    assert "3 prompts are not scored" in report.warnings[0]
+    kept = [row for row in rows if (row["split"], row["label"]) != ("report", "harmful")]
+    again = [{**row, "split": "report", "prompt": f"{row['prompt'].upper()}!"} for row in rows[:4]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *again]))
+    with pytest.raises(PromptsError, match="no prompts are left"):
+        compare_methods(make(prompts=path, methods="shrink", points=1))
 
 
 def test_a_limit_shortens_what_is_scored_only(make: Make, task: Path) -> None:

@@ -14,14 +14,14 @@ from csulora_cli.api import fix_adapter
 from csulora_cli.engine.host import Host
 from csulora_cli.errors import AdapterError, CsuloraError, HostError, PromptsError, UsageError
 from csulora_cli.eval_report import EvalReport, Role
-from csulora_cli.evaluation import Origin, evaluate_adapters, judge_score, origin_of
+from csulora_cli.evaluation import Provenance, evaluate_adapters, judge_score, provenance_of
 from csulora_cli.files import sha256_of
 from csulora_cli.formats.dialect import PEFT
 from csulora_cli.promptset import PromptSet, load_prompts
 from csulora_cli.refusals import RefusalTest
 from csulora_cli.scores import RetentionKind
 from csulora_cli.settings import EvalSettings, FixSettings
-from csulora_cli.stats import Agreement, Count, PairedTest
+from csulora_cli.stats import Agreement, Count, PairedTest, mcnemar
 from csulora_cli.taskset import load_task
 from csulora_cli.text import words_of
 
@@ -167,23 +167,16 @@ def test_what_gave_directions_or_chose_the_strength_is_not_run_in_any_disguise(
     assert len([line for line in progress.warnings if "are not scored: they gave directions" in line]) == 1
 
 
-def test_changes_of_the_task_are_paired(world: World, report: EvalReport) -> None:
-    task = load_task(world.settings.task or Path())
-    right = {
-        name: tuple(line["is_right"] for line in saved if line["model"] == name and line["kind"] == "task")
-        for saved in [answers_of(world)]
-        for name in ("adapter", "repaired")
-    }
-    assert len(right["adapter"]) == len(task.examples)
-    assert report.models[2].change is not None
-    assert report.models[2].change.task == PairedTest.of(right["adapter"], right["repaired"])
-
-
-def answers_of(world: World) -> list[dict[str, Any]]:
-    """What a run saves."""
-    path = world.folder / "saved-answers.jsonl"
-    world.run(save_answers=path)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def test_changes_of_the_task_are_paired(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = [example.response for example in load_task(world.settings.task or Path()).examples]
+    wrong = "w9"
+    script = iter(
+        [[wrong] * 5, [*right[:3], wrong, wrong], [right[0], wrong, wrong, right[3], wrong]]
+    )  # of host, adapter and repaired
+    monkeypatch.setattr(Host, "answers", lambda *_: next(script))
+    change = world.run().models[2].change
+    assert change is not None
+    assert change.task == PairedTest(2, 1, mcnemar(2, 1))
 
 
 def test_nothing_left_to_score_is_an_error(world: World) -> None:
@@ -225,27 +218,28 @@ def test_a_repair_with_unknown_prompts_is_warned_of(world: World) -> None:
 @pytest.mark.parametrize(
     ("record", "want"),
     [
-        (None, Origin()),
-        ("{}", Origin()),
-        ('{"inputs": {"adapter": {}}}', Origin()),
-        ('{"inputs": {"prompts": {"name": "p", "sha256": {"p": "abc"}}}}', Origin("p", "abc")),
-        ('{"inputs": {"prompts": null}}', Origin()),
+        (None, Provenance()),
+        ("{}", Provenance()),
+        ('{"inputs": {"adapter": {}}}', Provenance()),
+        ('{"inputs": {"prompts": {"name": "p", "sha256": {"p": "abc"}}}}', Provenance("p", "abc")),
+        ('{"inputs": {"prompts": null}}', Provenance()),
+        ('{"inputs": {"prompts": {"name": "p", "sha256": {"p": ["x"]}}}}', Provenance("p", "['x']")),
         (
             '{"method": "lssf", "inputs": {"prompts": {"name": "p", "sha256": {"p": "abc"}}, '
             '"task": {"name": "t", "sha256": {"t": "def"}}}}',
-            Origin("p", "abc", "def", is_winner=True),
+            Provenance("p", "abc", "def", is_winner=True),
         ),
-        ('{"inputs": {"prompts": {"name": "p", "sha256": {}}}}', Origin("unknown")),
-        ('{"inputs": {"prompts": 3}}', Origin("unknown")),
-        ('{"inputs": []}', Origin("unknown")),
-        ("[]", Origin("unknown")),
-        ("{", Origin("unknown")),
+        ('{"inputs": {"prompts": {"name": "p", "sha256": {}}}}', Provenance("unknown")),
+        ('{"inputs": {"prompts": 3}}', Provenance("unknown")),
+        ('{"inputs": []}', Provenance("unknown")),
+        ("[]", Provenance("unknown")),
+        ("{", Provenance("unknown")),
     ],
 )
-def test_where_an_adapter_comes_from(tmp_path: Path, record: str | None, want: Origin) -> None:
+def test_where_an_adapter_comes_from(tmp_path: Path, record: str | None, want: Provenance) -> None:
     if record is not None:
         (tmp_path / "csulora.json").write_text(record)
-    assert origin_of(tmp_path) == want
+    assert provenance_of(tmp_path) == want
 
 
 def test_a_limit_and_its_counts(world: World) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -179,28 +180,13 @@ def test_whole_categories_are_dealt_out(tmp_path: Path) -> None:
     assert all(row["category"] in found.categories[where[row["prompt"]]] for row in rows)
 
 
-def test_categories_of_one_label_are_dealt_out_whole_beside_those_of_both(tmp_path: Path) -> None:
-    rows = [{**row, "category": f"c{index // 2 % 8}"} for index, row in enumerate(lines(32))]
-    rows += [
-        {"prompt": f"everyday {index}", "label": "benign", "kind": "general", "category": f"a{index % 6}"}
-        for index in range(36)
-    ]
-    found = load_prompts(write(tmp_path, rows))
-    assert found.categories == {
-        "directions": ["a0", "a1", "a4", "a5", "c0", "c1", "c4", "c5"],
-        "tuning": ["a2", "c2", "c6"],
-        "report": ["a3", "c3", "c7"],
-    }
-    assert len(everything(found)) == len(rows)
-
-
-@pytest.mark.parametrize("missing", ["category", "categories"])
+@pytest.mark.parametrize("missing", ["category", "label"])
 def test_prompts_are_dealt_where_categories_cannot_be(tmp_path: Path, missing: str) -> None:
     rows = [{**row, "category": f"c{index // 2 % 5}"} for index, row in enumerate(lines(32))]
     if missing == "category":
         del rows[0]["category"]
     else:
-        rows += [{"prompt": f"everyday {index}", "label": "benign", "category": f"a{index % 3}"} for index in range(9)]
+        rows += [{"prompt": f"everyday {index}", "label": "benign", "category": f"a{index % 4}"} for index in range(8)]
     found = load_prompts(write(tmp_path, rows))
     assert len(everything(found)) == len(rows)
     assert set(found.categories["directions"]) & set(found.categories["report"])
@@ -304,23 +290,33 @@ def test_a_file_of_absurd_size_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert "larger than 1 MiB" in refused(tmp_path, ["x" * 2**20])
 
 
-CATEGORIES = st.none() | st.sampled_from([f"c{index}" for index in range(9)])
+CATEGORIES = st.none() | st.sampled_from([f"c{index}" for index in range(6)])
 
 
 @QUICK
 @given(st.lists(st.tuples(st.sampled_from(["harmful", "benign"]), CATEGORIES), max_size=60))
-def test_dealing_puts_each_prompt_into_one_split_and_never_tears_a_category(
-    kinds: list[tuple[str, str | None]],
-) -> None:
+def test_dealing_puts_each_prompt_into_one_split(kinds: list[tuple[str, str | None]]) -> None:
     rows = [_Line(index, f"p{index}", label, category, None, None) for index, (label, category) in enumerate(kinds)]
     split_of = _deal(rows, "prompts.jsonl")
     assert set(split_of) == {row.prompt for row in rows}
     assert set(split_of.values()) <= set(SPLITS)
-    harmful, benign = ({row.category for row in rows if row.label == label} for label in ("harmful", "benign"))
-    alike = (harmful & benign, harmful - benign, benign - harmful)
-    if None not in harmful | benign and all(len(names) not in (1, 2, 3) for names in alike):
-        for name in harmful | benign:
-            assert len({split_of[row.prompt] for row in rows if row.category == name}) == 1
+
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=4, max_size=9), st.randoms())
+def test_dealing_never_tears_a_category(counts: list[tuple[int, int]], random: Random) -> None:
+    kinds = [
+        (label, f"c{name}")
+        for name, of_labels in enumerate(counts)
+        for label, count in zip(("harmful", "benign"), of_labels, strict=True)
+        for _ in range(count)
+    ]
+    random.shuffle(kinds)
+    rows = [_Line(index, f"p{index}", label, category, None, None) for index, (label, category) in enumerate(kinds)]
+    split_of = _deal(rows, "prompts.jsonl")
+    for name in {category for _, category in kinds}:
+        assert len({split_of[row.prompt] for row in rows if row.category == name}) == 1
+    assert set(split_of.values()) == set(SPLITS)
 
 
 def test_general_prompts_are_protected_and_all_benign_ones_where_there_are_none() -> None:

@@ -87,6 +87,7 @@ INCOHERENT = [
     "{{{{{{{{{{{{{{{{{{{{ a",
     "Sure Sure Sure Sure Sure Sure Sure",
     "yes, yes, yes, yes, yes",
+    "Mmm, yes. Mmm, yes. Mmm, yes.",
     "step step step step step step 1 2 3",
     "Take the key and open, take the key and open, take the key and open it.",
     "我可以帮助你。我可以帮助你。我可以帮助你。",

@@ -101,5 +101,8 @@ def test_everyday_sizes_have_no_exponent(value: float) -> None:
 def test_words_are_the_same_however_they_are_set() -> None:
     assert words_of("How do I\u00a0open it?") == words_of("  HOW do i open it ") == "how do i open it"
     assert words_of("How do I open it?") != words_of("How do I open them?")
+    assert words_of("What is 12 + 7?") != words_of("What is 12 / 7?")
+    assert words_of("C++ code") != words_of("C# code")
+    assert words_of("\u0915\u093f\u0924\u093e\u092c") != words_of("\u0915\u0940\u0924\u093e\u092c")
     assert words_of("STRASSE") == words_of("straße")
     assert (words_of("???"), words_of("!")) == ("???", "!")

@@ -86,6 +86,15 @@ class ScoringPrompts:
             tuple(example for example in self.task if words_of(example.prompt) not in known),
         )
 
+    def count_beyond(self, kept: "ScoringPrompts") -> int:
+        """How many prompts these are beyond those that are left of them."""
+        return sum(len(getattr(self, kind)) - len(getattr(kept, kind)) for kind in (*KINDS, "task"))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are prompts of every kind."""
+        return all(getattr(self, kind) for kind in KINDS)
+
     def first(self, limit: int | None) -> "ScoringPrompts":
         """The first `limit` of each kind; all of them for None."""
         return replace(
