@@ -92,7 +92,7 @@ def weights(host: Path, modules: Mapping[str, Dense]) -> dict[str, Tensor]:
 
 
 def direction_prompts(file: Path) -> dict[str, list[str]]:
-    """What the update fades on, and what is protected.
+    """What the update fades on, what is protected, and what the adapter's answers to alone are.
 
     Two of every four prompts of each label give directions where a file has neither splits nor categories. Where some
     benign ones are everyday ones, only those are protected, and the update fades on the others: in the place of the
@@ -108,11 +108,11 @@ def direction_prompts(file: Path) -> dict[str, list[str]]:
             line for index, line in enumerate(own) if (line["split"] == "directions" if is_split else index % 4 < 2)
         ]
     everyday = [line for line in chosen["benign"] if line.get("kind") == "general"]
-    faded = chosen["harmful"]
+    faded, lookalikes = chosen["harmful"], []
     if everyday:
         lookalikes = [line for line in chosen["benign"] if line.get("kind") != "general"]
         faded = lookalikes if len(lookalikes) >= len(faded) / 2 else faded + lookalikes
-    sides = {"faded": faded, "benign": everyday or chosen["benign"]}
+    sides = {"faded": faded, "benign": everyday or chosen["benign"], "replies": lookalikes}
     return {side: [line["prompt"] for line in own] for side, own in sides.items()}
 
 
@@ -188,13 +188,18 @@ def fade_on_prompts(
     turn = min(turn, *(len(tokens) - 1 for tokens in ends))
     is_causal = not json.loads((host / "config.json").read_text()).get("is_encoder_decoder", False)
     has_sink = is_causal and len({tokens[-1] for tokens in ends}) == 1
+    whole = len(prompts["benign"])
+    prompts["benign"] += prompts["replies"]
     answered = with_answers(host, adapter, prompts["benign"], answer_tokens)
     moments: dict[str, dict[str, Tensor]] = {}
     for label, token_lists, sink in (("faded", prompts["faded"], 0.04), ("benign", answered, 1.0)):
         counts, is_sink = [], []
-        for prompt, ids in zip(prompts[label], token_lists, strict=True):
+        for index, (prompt, ids) in enumerate(zip(prompts[label], token_lists, strict=True)):
             own = [25.0 if len(prompt) - turn <= place < len(prompt) else 1.0 for place in range(len(ids))]
-            counts += [sink, *own[1:]] if has_sink else own
+            own = [sink, *own[1:]] if has_sink else own
+            if label == "benign" and index >= whole:
+                own = [0.0] * len(prompt) + own[len(prompt) :]
+            counts += own
             is_sink += [has_sink] + [False] * len(own[1:])
         read = inputs(host, list(modules), token_lists)
         moments[label] = {name: _moment(tokens, counts, is_sink) for name, tokens in read.items()}
