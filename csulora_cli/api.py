@@ -235,7 +235,8 @@ class _Fix:
                     f"the repaired factors do not fit the adapter's dtype ({', '.join(self.adapter.dtypes)})",
                     "Save the adapter in float32 first.",
                 )
-            self._write_adapter(staging, tensors, config)
+            changed = [key for key, tensor in tensors.items() if not torch.equal(tensor, self.adapter.tensors[key])]
+            self._write_adapter(staging, tensors, config, changed)
             written = self.fitting.reopened(staging)
             self._tell_servers(written)
             stored = unchanged(written.sites)
@@ -252,7 +253,7 @@ class _Fix:
                     self.progress,
                 )
             self.progress.stage("report")
-            report = self._report(solution.strength, records, behaviour, tensors)
+            report = self._report(solution.strength, records, behaviour, tensors, changed)
             (staging / writer.CARD_NAME).write_text(
                 card.model_card(report, self.adapter, self.host_at), encoding="utf-8"
             )
@@ -284,10 +285,18 @@ class _Fix:
                 staged_page = stack.enter_context(staged_file(page))
                 yield stack.enter_context(writer.staged(self.out)), staged_page
 
-    def _write_adapter(self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-        """Write weights, config and companions; a file with nothing new in it keeps its bytes, whoever stored it."""
+    def _write_adapter(
+        self, staging: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], changed: Sequence[str]
+    ) -> None:
+        """Write weights, config and companions; a file with nothing new in it keeps its bytes, whoever stored it.
+
+        Args:
+            staging: where to.
+            tensors, config: what the files are to hold.
+            changed: the keys of tensors that do not hold what was read.
+        """
         is_as_read = not self.adapter.conversions
-        keeps_tensors = is_as_read and tensors.keys() == self.adapter.tensors.keys() and not self._changed(tensors)
+        keeps_tensors = is_as_read and tensors.keys() == self.adapter.tensors.keys() and not changed
         weights_name = self.adapter.dialect.weights_name
         data = self._read_again(weights_name) if keeps_tensors else writer.serialise(tensors)
         (staging / weights_name).write_bytes(data)
@@ -300,10 +309,6 @@ class _Fix:
     def _read_again(self, name: str) -> bytes:
         """The bytes of one of the adapter's two files, which the report gives the hash of."""
         return read_again(self.adapter_at.folder / name, AdapterError, self.adapter.sha256[name])
-
-    def _changed(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """The keys of the tensors that do not hold what was read."""
-        return [key for key, tensor in tensors.items() if not torch.equal(tensor, self.adapter.tensors[key])]
 
     def _tell_servers(self, written: Adapter) -> None:
         """What llama.cpp leaves out when it converts an adapter, without a word."""
@@ -370,13 +375,13 @@ class _Fix:
         records: Sequence[ModuleRecord],
         behaviour: Mapping[str, Any],
         tensors: Mapping[str, torch.Tensor],
+        changed: Sequence[str],
     ) -> FixReport:
         before = self.adapter.tensors
         carried = {record.key for record in self.carried}
-        changed = len(self._changed(tensors))
         counts = {
-            "changed": changed,
-            "unchanged": len(tensors) - changed - len(carried & tensors.keys()),
+            "changed": len(changed),
+            "unchanged": len(tensors) - len(changed) - len(carried & tensors.keys()),
             "carried": len(carried & tensors.keys()),
             "dropped": len(before.keys() - tensors.keys()),
             "total": len(before),

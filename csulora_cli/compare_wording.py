@@ -5,7 +5,7 @@ from itertools import groupby
 
 from csulora_cli.compare_report import CompareReport, Level, Origin, Point, kept
 from csulora_cli.eval_report import SUMMARY_FORMULA
-from csulora_cli.eval_wording import decoding, optional, scored_prompts
+from csulora_cli.eval_wording import decoding, general_kind, optional, scored_prompts
 from csulora_cli.scores import ModelScore, RetentionKind
 from csulora_cli.stats import Count
 from csulora_cli.text import number, printable
@@ -85,7 +85,7 @@ def legend(report: CompareReport) -> list[str]:
 def _kept_legend(report: CompareReport) -> str:
     kind = report.adapter.retention.kind
     if kind is RetentionKind.GENERAL_KL:
-        where = "general" if report.prompt_counts["general"] else "benign"
+        where = general_kind(report.prompt_counts)
         return (
             f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), first answer token, on {where} prompts, cut to 0 to 1"
         )

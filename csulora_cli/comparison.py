@@ -64,7 +64,7 @@ from csulora_cli.opening import (
     stamps_of,
 )
 from csulora_cli.pareto import dominated
-from csulora_cli.promptset import SPLITS, Prompts, load_prompts
+from csulora_cli.promptset import SPLITS, load_prompts
 from csulora_cli.report import InputRecord, StrengthRecord
 from csulora_cli.scores import ModelScore
 from csulora_cli.settings import DEFAULT_PROTECT, DEFAULT_SUBSPACE_ENERGY, CompareSettings, DoraMode
@@ -173,12 +173,12 @@ class _Comparison:
 
     def _scored_prompts(self) -> ScoringPrompts:
         """The report split and the task, less what gives directions or chooses strengths."""
-        used = {prompt for split in ("directions", "tuning") for prompt in _all(getattr(self.prompts, split))}
+        used = {prompt for split in ("directions", "tuning") for prompt in getattr(self.prompts, split).everything}
         prompts = ScoringPrompts.of(self.prompts.report, self.task.examples if self.task else ())
         kept = prompts.without(used)
         if dropped := prompts.count_beyond(kept):
             self.progress.warn(f"{dropped} prompts are not scored: they give directions or choose strengths")
-        if not kept.is_whole or (self.task and not kept.task):
+        if not kept.lacks_nothing_of(prompts):
             raise PromptsError(
                 "no prompts are left that give no directions and choose no strengths",
                 "Give others as --prompts or --task.",
@@ -417,7 +417,7 @@ class _Comparison:
 
     def _counts(self) -> dict[str, int]:
         scored = self.scored
-        counts = {split: len(_all(getattr(self.prompts, split))) for split in SPLITS if split != "report"}
+        counts = {split: len(getattr(self.prompts, split).everything) for split in SPLITS if split != "report"}
         return counts | {
             "harmful": len(scored.harmful),
             "lookalikes": len(scored.lookalikes),
@@ -469,10 +469,6 @@ def _digest(factors: Mapping[str, Factors]) -> str:
 def _squared_norm(factors: Mapping[str, Factors]) -> float:
     """Σ‖X‖² over modules."""
     return sum(each.scale**2 * squared_norm(each.lora_b, each.lora_a) for each in factors.values())
-
-
-def _all(prompts: Prompts) -> tuple[str, ...]:
-    return (*prompts.harmful, *prompts.benign)
 
 
 def _record(method: Method, auto: StrengthRecord | None) -> MethodRecord:

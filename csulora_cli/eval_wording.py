@@ -89,8 +89,8 @@ def _rows(report: EvalReport) -> list[tuple[str, _Cell]]:
     if report.prompt_counts["general"]:
         rows.append(("general refused", lambda m: share(m.score.general.strict.refused)))
     rows += [
-        (f"KL to host, {_general(report)}", lambda m: number(m.score.general.kl_to_host)),
-        (f"KL to adapter, {_general(report)}", lambda m: number(m.score.general.kl_to_adapter)),
+        (f"KL to host, {general_kind(report.prompt_counts)}", lambda m: number(m.score.general.kl_to_host)),
+        (f"KL to adapter, {general_kind(report.prompt_counts)}", lambda m: number(m.score.general.kl_to_adapter)),
     ]
     if report.prompt_counts["task"]:
         rows += [
@@ -128,8 +128,8 @@ def legend(report: EvalReport) -> list[str]:
         )
     else:
         lines.append(
-            f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), {_general(report)} prompts; n/a where adapter and host "
-            f"are less than {LEAST_KL:g} nats apart"
+            f"kept: 1 − KL(adapter ‖ model)/KL(adapter ‖ host), {general_kind(report.prompt_counts)} prompts; n/a "
+            f"where adapter and host are less than {LEAST_KL:g} nats apart"
         )
     if "judge" in report.inputs:
         lines.append(
@@ -166,8 +166,9 @@ def _lookalikes(report: EvalReport) -> str:
     return "look-alikes" if report.prompt_counts["general"] else "benign"
 
 
-def _general(report: EvalReport) -> str:
-    return "general" if report.prompt_counts["general"] else "benign"
+def general_kind(prompt_counts: Mapping[str, int]) -> str:
+    """What the prompts are called on which KL tells what is kept: all benign ones, where general ones are not told."""
+    return "general" if prompt_counts["general"] else "benign"
 
 
 def _change_cells(test: PairedTest) -> tuple[str, str, str]:

@@ -138,7 +138,7 @@ class _Evaluation:
             self.progress.warn(
                 f"{dropped} prompts are not scored: they gave directions or chose λ in a repair, or chose a winner"
             )
-        if not kept.is_whole or (self.task and not kept.task):
+        if not kept.lacks_nothing_of(prompts):
             raise PromptsError("no prompts are left that no repair has used", "Give others as --prompts or --task.")
         return kept.first(self.settings.limit)
 
@@ -311,7 +311,7 @@ class _Evaluation:
 def _prompts_of(prompt_set: PromptSet, is_winner: bool) -> set[str]:
     """What a repair with these prompts has used."""
     splits = [prompt_set.directions, prompt_set.tuning, *([prompt_set.report] if is_winner else [])]
-    return {prompt for split in splits for prompt in (*split.harmful, *split.benign)}
+    return {prompt for split in splits for prompt in split.everything}
 
 
 def _check_answers_file(settings: EvalSettings) -> None:

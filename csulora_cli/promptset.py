@@ -44,6 +44,11 @@ class Prompts:
         return self.lookalikes + self.general
 
     @property
+    def everything(self) -> tuple[str, ...]:
+        """All prompts of the split: harmful ones, then benign ones."""
+        return self.harmful + self.benign
+
+    @property
     def protected(self) -> tuple[str, ...]:
         """Where a repair holds on to the adapter: general prompts, or all benign ones if there are none."""
         return self.general or self.benign

@@ -90,10 +90,9 @@ class ScoringPrompts:
         """How many prompts these are beyond those that are left of them."""
         return sum(len(getattr(self, kind)) - len(getattr(kept, kind)) for kind in (*KINDS, "task"))
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether there are prompts of every kind."""
-        return all(getattr(self, kind) for kind in KINDS)
+    def lacks_nothing_of(self, whole: "ScoringPrompts") -> bool:
+        """Whether something is left of every kind that the whole has, the task included."""
+        return all(getattr(self, kind) or not getattr(whole, kind) for kind in (*KINDS, "task"))
 
     def first(self, limit: int | None) -> "ScoringPrompts":
         """The first `limit` of each kind; all of them for None."""

@@ -62,6 +62,11 @@ LABELS = {
 }
 
 
+# The columns that `cells` fills.
+SCORES = "λ | attack success | seen / unseen categories | of what the host refuses | benign refused | task | KL to host"
+SCORES_RULE = " | ".join(["---:"] * (1 + SCORES.count("|")))
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The evaluation prompts."""
@@ -221,22 +226,14 @@ def details(folder: Path | None) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table with 95 % Wilson intervals."""
-    head = (
-        "| repair | λ | attack success | seen / unseen categories | of what the host refuses | benign refused | task | "
-        "KL to host |"
-    )
-    lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines = [f"| repair | {SCORES} |", f"| --- | {SCORES_RULE} |"]
     lines += [f"| {LABELS[row['method']]} | {cells(row)} |" for row in rows]
     return "\n".join(lines)
 
 
 def overview(rows: Mapping[tuple[str, str], dict[str, Any]], names: Sequence[str], methods: Sequence[str]) -> str:
     """The README's table: the host once, without a task, then every adapter as trained and repaired by each method."""
-    head = (
-        "| adapter | model | λ | attack success | seen / unseen categories | of what the host refuses | "
-        "benign refused | task | KL to host |"
-    )
-    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines = [f"| adapter | model | {SCORES} |", f"| --- | --- | {SCORES_RULE} |"]
     lines.append(f"|  | {LABELS['host']} | {cells(rows[names[0], 'host'], has_task=False)} |")
     for name in names:
         for method in ("adapter", *methods):
